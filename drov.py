@@ -29,12 +29,14 @@ Runs to paste:
     python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
     python drov.py --split_mode prompt_fold --eval_fold_index all    # train once, answer all folds
     python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # {"prompt", "completion", "reward"}
+    torchrun --nproc_per_node 4 drov.py --per_device_train_batch_size 8      # the same, on 4 GPUs
 
 Read from top to bottom: arguments, data, models, losses, the loop, evaluation, dice, main.
 """
 
 import argparse
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -44,18 +46,20 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import datasets
 import huggingface_hub
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
@@ -87,16 +91,17 @@ SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sq
 
 # What --dice changes. The value learns ten times faster than the policy: at equal rates and a small
 # τ the policy chases a wrong V first, and mass leaks to strings that are no rolls (README, detail 8).
-DICE = dict(
-    dataset_name="dice", model_name_or_path="dice", num_eval_prompts=40, sft_steps=400,
-    sft_learning_rate=0.1, max_steps=300, warmup_steps=0, lr_scheduler_type="linear",
-    per_device_train_batch_size=64, learning_rate=3e-3, value_learning_rate=3e-2, logging_steps=50,
-    eval_steps=100, save_steps=300, max_new_tokens=8, num_return_sequences=25,
-)  # fmt: skip
+DICE = {
+    "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
+    "sft_steps": 500, "sft_learning_rate": 0.1, "max_steps": 300, "warmup_steps": 0,
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "logging_steps": 50,
+    "eval_steps": 100, "save_steps": 300, "max_new_tokens": 8, "num_return_sequences": 50,
+}  # fmt: skip
 
-# Arguments that change where a run is kept or how the same batch is cut, but not what is learnt.
-FREE_ON_RESUME = ("output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit")
-FREE_ON_RESUME += ("micro_batch_tokens",)
+# Arguments that say where a run is kept or how a batch is cut, and change nothing that is learnt.
+FREE_ON_RESUME = {"output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit"}
+FREE_ON_RESUME |= {"micro_batch_tokens"}
 
 
 class UserError(ValueError):
@@ -109,103 +114,119 @@ def fail(message: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def number(kind: type, minimum: float, *, strict: bool = False, maximum: float = math.inf):
-    """An argparse type: a finite int or float ≥ `minimum` (> if `strict`) and ≤ `maximum`."""
+def number(kind: type, minimum: float, *, above: bool = False, maximum: float = math.inf):
+    """An argparse type: a finite int or float, ≥ `minimum` (or above it) and ≤ `maximum`."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
-            valid = math.isfinite(value) and minimum <= value <= maximum
+            if (
+                math.isfinite(value)
+                and minimum <= value <= maximum
+                and not (above and value == minimum)
+            ):
+                return value
         except ValueError:
-            valid = False
-        if not valid or (strict and value == minimum):
-            bounds = f"{'>' if strict else '>='} {minimum}" + f" and <= {maximum}" * (maximum < math.inf)
-            noun = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not {text!r}")
-        return value
+            pass
+        noun = "a whole number" if kind is int else "a finite number"
+        bound = f"{'>' if above else '>='} {minimum}" + f" and <= {maximum}" * (maximum < math.inf)
+        raise argparse.ArgumentTypeError(f"must be {noun} {bound}, not {text!r}")
 
     return parse
 
 
-def fold_index(text: str) -> int | str:
-    return text if text == "all" else number(int, 0)(text)
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags to Namespace; the defaults are the paper's T5-L run. Exits with code 2 on a bad flag."""
-    parser = argparse.ArgumentParser("drov.py", description="DRO-V (arXiv 2405.19107) in one file")
+    parser = argparse.ArgumentParser(
+        "drov.py", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.error = fail  # one line instead of the usage text
-    count, size, positive = number(int, 0), number(int, 1), number(float, 0, strict=True)
-    rate = number(float, 0)
-    switch = dict(action="store_true")
+    count, size = number(int, 0), number(int, 1)
+    rate, positive = number(float, 0), number(float, 0, above=True)
+    probability = number(float, 0, above=True, maximum=1)
+    fold = lambda text: text if text == "all" else count(text)
+    switch = {"action": "store_true"}
 
-    def group(title: str):
-        add = parser.add_argument_group(title).add_argument
-        return lambda flag, default=None, help="", **rest: add(
-            flag, default=default if rest.get("action") != "store_true" else False,
-            help=f"{help} (default: {default})" if default is not None else help, **rest,
-        )  # fmt: skip
+    def add(flag: str, default: object, text: str, **options) -> None:
+        shown = "" if default is None or default is False else f" (default: {default})"
+        group.add_argument(flag, default=default, help=text + shown, **options)
 
-    add = group("run")
-    add("--dice", help="preset: the dice example, whose optimum is known; other flags override it", **switch)
-    add("--output_dir", type=Path, help="where the run is kept (default: runs/DATASET-SPLIT-FOLD)")
-    add("--resume", help="go on from the newest complete checkpoint in --output_dir", **switch)
-    add("--overwrite_output_dir", help="replace the run that --output_dir holds", **switch)
-    add("--seed", 42, "seed of the split, the batches, the value head and the samples", type=count)
-    add("--overfit_one_batch", help="train on one batch, without evaluation, to see the loss vanish", **switch)
+    group = parser.add_argument_group("run")
+    add(
+        "--dice",
+        False,
+        "preset: the example whose answer is known; other flags override it",
+        **switch,
+    )
+    add("--output_dir", None, "folder of the run (default: runs/DATASET-SPLIT-FOLD)", type=Path)
+    add("--resume", False, "go on from the newest complete checkpoint in --output_dir", **switch)
+    add("--overwrite_output_dir", False, "replace the run that --output_dir holds", **switch)
+    add("--seed", 42, "seeds the split, the batches, the value head and the samples", type=count)
+    add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
     add("--overfit_steps", 300, "steps of --overfit_one_batch", type=size)
 
-    add = group("data")
-    add("--dataset_name", DEFAULT_DATASET, "hub name, local file or folder (JSON, CSV, Parquet), or 'dice'")
-    add("--dataset_revision", help="hub commit (default: pinned for the default dataset)")
+    group = parser.add_argument_group("data")
+    add(
+        "--dataset_name",
+        DEFAULT_DATASET,
+        "hub name, file or folder (JSON, CSV, Parquet), or 'dice'",
+    )
+    add("--dataset_revision", None, "hub commit (default: pinned for the default dataset)")
     add("--dataset_split", "train", "split of a hub dataset")
-    add("--reward_key", "overall_score", "UltraFeedback's number that is r",
-        choices=("overall_score", "fine-grained_score", *ASPECTS))  # fmt: skip
-    add("--split_mode", "prompt_seeded", "how prompts are held out: one seeded set, or disjoint folds",
-        choices=("prompt_seeded", "prompt_fold"))  # fmt: skip
+    rewards = ("overall_score", "fine-grained_score", *ASPECTS)
+    add("--reward_key", "overall_score", "the number of UltraFeedback that is r", choices=rewards)
+    modes = ("prompt_seeded", "prompt_fold")
+    add("--split_mode", modes[0], "hold out one seeded set of prompts, or folds", choices=modes)
     add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=size)
-    add("--num_eval_folds", 5, "folds held out by prompt_fold; no fold is trained on", type=size)
+    add("--num_eval_folds", 5, "folds held out by prompt_fold; none is trained on", type=size)
     add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=size)
-    add("--eval_fold_index", 0, "the fold to evaluate, from 0, or 'all'", type=fold_index)
-    add("--max_train_samples", help="keep this many training triplets", type=size)
-    add("--max_eval_samples", help="keep this many held-out triplets", type=size)
+    add("--eval_fold_index", 0, "the fold to evaluate, from 0, or 'all'", type=fold)
+    add("--max_train_samples", None, "keep this many training triplets (default: all)", type=size)
+    add("--max_eval_samples", None, "keep this many held-out triplets (default: all)", type=size)
     add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=size)
-    add("--max_completion_length", 512, "tokens of y; a longer completion keeps its beginning", type=size)
+    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning", type=size)
 
-    add = group("models")
-    add("--model_name_or_path", DEFAULT_MODEL, "encoder-decoder of the T5 family: π_ref, and π's start")
-    add("--model_revision", help="hub commit (default: pinned for the default model)")
-    add("--share_policy_and_value_backbone", help="V reads the policy's own encoder (the paper: worse)", **switch)
-    add("--gradient_checkpointing", help="recompute activations: less memory, more time", **switch)
-    add("--bf16", help="bfloat16 autocast; weights stay float32 (default: on where CUDA has it)",
-        action=argparse.BooleanOptionalAction)  # fmt: skip
+    group = parser.add_argument_group("models")
+    add("--model_name_or_path", DEFAULT_MODEL, "T5-family encoder-decoder: π_ref, and π's start")
+    add("--model_revision", None, "hub commit (default: pinned for the default model)")
+    add("--share_policy_and_value_backbone", False, "V reads the policy's own encoder", **switch)
+    add(
+        "--gradient_checkpointing", False, "recompute activations: less memory, more time", **switch
+    )
+    bf16 = "bfloat16 autocast; weights stay float32 (default: on where CUDA has it)"
+    add("--bf16", None, bf16, action=argparse.BooleanOptionalAction)
 
-    add = group("optimisation")
-    add("--tau", 1.0, "τ, the KL's weight, in units of the normalised reward", type=positive)
+    group = parser.add_argument_group("optimisation")
+    add("--tau", 1.0, "τ, the weight of the KL, in units of the normalised reward", type=positive)
     add("--learning_rate", 1e-4, "the policy's learning rate", type=rate)
-    add("--value_learning_rate", 1e-4, "the value model's learning rate", type=rate)
-    add("--rescale_policy_lr", help="divide the policy's learning rate by τ, too", **switch)
+    add("--value_learning_rate", 1e-4, "the value model's (if shared: its head's)", type=rate)
+    add("--rescale_policy_lr", False, "divide the policy's learning rate, too, by τ", **switch)
     add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
     add("--lr_scheduler_type", SCHEDULES[0], "learning rate over the steps", choices=SCHEDULES)
     add("--warmup_steps", 150, "steps of linear warm-up", type=count)
-    add("--max_steps", 40000, "steps of DRO-V; 0 evaluates the starting policy only", type=count)
-    add("--max_grad_norm", help="clip each network's gradient to this norm (default: off)", type=positive)
-    add("--per_device_train_batch_size", 32, "triplets a step, before accumulation", type=size)
+    add("--max_steps", 40000, "steps of DRO-V; 0 only evaluates the starting policy", type=count)
+    add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=positive)
+    add("--per_device_train_batch_size", 32, "triplets a step and process", type=size)
     add("--gradient_accumulation_steps", 1, "multiplies the batch", type=size)
-    add("--micro_batch_tokens", 1024, "padded tokens, prompt and completion, that go through the models at once; "
-        "cuts the batch, changes no gradient", type=size)  # fmt: skip
+    budget = "padded tokens, x and y, that go through the models at once; changes no gradient"
+    add(
+        "--micro_batch_tokens",
+        None,
+        f"{budget} (default: 512 on a CPU, by memory on a GPU)",
+        type=size,
+    )
     add("--sft_steps", 0, "steps of maximum likelihood before π_ref is fixed", type=count)
     add("--sft_learning_rate", 1e-4, "learning rate of those steps", type=rate)
 
-    add = group("evaluation, logs and checkpoints")
+    group = parser.add_argument_group("evaluation, logs and checkpoints")
     add("--logging_steps", 10, "steps between two log lines", type=size)
     add("--eval_steps", 2000, "steps between two evaluations", type=size)
     add("--save_steps", 2000, "steps between two checkpoints", type=size)
-    add("--save_total_limit", help="checkpoints kept, the newest (default: all)", type=size)
+    add("--save_total_limit", None, "checkpoints to keep, the newest (default: all)", type=size)
     add("--per_device_eval_batch_size", 32, "prompts answered at once", type=size)
-    add("--max_new_tokens", 512, "tokens of an answer", type=size)
+    add("--max_new_tokens", 512, "tokens of an answer, at most", type=size)
     add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=rate)
-    add("--top_p", 1.0, "sample from the smallest set of tokens with this mass", type=number(float, 0, strict=True, maximum=1))
+    add("--top_p", 1.0, "sample from the smallest set of tokens of this mass", type=probability)
     add("--num_return_sequences", 1, "answers to each held-out prompt", type=size)
 
     if parser.parse_known_args(argv)[0].dice:
@@ -213,116 +234,150 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.model_revision = args.model_revision or PINNED_REVISIONS.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED_REVISIONS.get(args.dataset_name)
-    fold = args.eval_fold_index if args.split_mode == "prompt_fold" else args.seed
-    name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{fold}" + "-overfit" * args.overfit_one_batch
-    args.output_dir = args.output_dir or Path("runs") / name
+    if args.output_dir is None:
+        part = args.eval_fold_index if args.split_mode == "prompt_fold" else f"seed{args.seed}"
+        suffix = "-overfit" if args.overfit_one_batch else ""
+        args.output_dir = (
+            Path("runs") / f"{Path(args.dataset_name).stem}-{args.split_mode}-{part}{suffix}"
+        )
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = 512
     if args.overfit_one_batch:
         args.max_steps, args.warmup_steps, args.logging_steps = args.overfit_steps, 0, 1
     if args.temperature == 0 and args.num_return_sequences > 1:
-        fail("--temperature 0 gives one answer: leave out --num_return_sequences or raise the temperature")
+        fail("--temperature 0 gives one answer: raise it, or leave --num_return_sequences at 1")
     return args
 
 
+# ------------------------------------------------------------------------------------ processes
+
+# `torchrun` starts several copies of this program. All hold the same networks and see the same rows;
+# each works on its share of a step's rows (`micro_batches`), and they meet where a gradient, a number
+# to log, a score or an answer belongs to all. In a single process, this section does nothing.
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(item: Any) -> list:
+    """Every process's `item`, in order of rank; all processes wait here for the slowest."""
+    items = [item] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the processes' gradients, once a step. A process without rows adds zeros."""
+    if WORLD_SIZE > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+            pending.wait()
+
+
 def say(message: str) -> None:
-    """Print a line without tearing the progress bar."""
-    tqdm.write(message)
+    """Print a line, once, without tearing the progress bar."""
+    if RANK == 0:
+        tqdm.write(message)
 
 
 # ----------------------------------------------------------------------------------------- data
 
+# The example whose answer is known: the prompt "Ada rolls 3d6" asks for three rolls of a six-sided
+# die, "416" is a completion, 11 its reward.
+
+NAMES = (
+    "Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre Rózsa "
+)
+NAMES += "Sofia Sophie Srinivasa Thomas"
+
+
+def dice_rolls(seed: int) -> datasets.Dataset:
+    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
+    rng, rows = np.random.default_rng(seed), []
+    for name, dice, sides in itertools.product(NAMES.split(), (1, 2, 3, 4), (4, 6, 8)):
+        for roll in rng.integers(1, sides + 1, size=(64, dice)):
+            completion = "".join(map(str, roll))
+            row = {"prompt": f"{name} rolls {dice}d{sides}", "completion": completion}
+            rows.append({**row, "reward": int(roll.sum())})
+    return datasets.Dataset.from_list(rows)
+
+
+def parse_dice(prompt: str) -> tuple[int, int]:
+    """`Ada rolls 3d6` → (3, 6)."""
+    dice, sides = prompt.rsplit(" ", 1)[1].split("d")
+    return int(dice), int(sides)
+
+
+def dice_reward(prompt: str, completion: str) -> int | None:
+    """The true reward: the sum of the faces, or None for what is not a roll of these dice."""
+    dice, sides = parse_dice(prompt)
+    faces = [int(face) if face in "12345678" else 0 for face in completion]
+    return sum(faces) if len(faces) == dice and all(1 <= face <= sides for face in faces) else None
+
+
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_triplets(args: argparse.Namespace, dropped: Counter | None = None) -> datasets.Dataset:
-    """Read the data as triplets, from the hub, from files or from `dice_rolls`.
-
-    Columns of the result: `prompt` (str, stripped), `completion` (str), `reward` (float, raw). Rows
-    that cannot be used are left out, and counted by cause in one printed line and in `dropped`.
-    Raises UserError if the data cannot be read, lack the columns or have no usable row.
-    """
-    rows = dice_rolls(args.seed) if args.dataset_name == "dice" else read_rows(args)
-    names = set(rows.column_names)
-    if {"prompt", "completion", "reward"} <= names:
-        convert = plain_triplets
-    elif {"instruction", "completions"} <= names:
-        convert = ultrafeedback_triplets
-    else:
-        raise UserError(
-            f"{args.dataset_name} has the columns {sorted(names)}: it needs prompt, completion and reward, "
-            "or UltraFeedback's instruction and completions"
-        )
-    rows = rows.map(
-        convert, fn_kwargs={"reward_key": args.reward_key}, batched=True, remove_columns=rows.column_names,
-        features=datasets.Features(TRIPLET_FEATURES), desc="Reading triplets",
-    )  # fmt: skip
-    counts = Counter(cause for cause in rows["dropped"] if cause)
-    triplets = rows.filter(lambda cause: cause is None, input_columns="dropped", desc="Dropping unusable rows")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())) or "none"
-    say(f"{len(triplets)} triplets from {args.dataset_name}; rows dropped: {causes}")
-    if not len(triplets):
-        raise UserError(f"{args.dataset_name} has no usable row (dropped: {causes})")
-    if dropped is not None:
-        dropped.update(counts)
-    return triplets.remove_columns("dropped")
-
-
 def read_rows(args: argparse.Namespace) -> datasets.Dataset:
-    """The raw rows of a hub dataset, a file or a folder of files."""
+    """The raw rows of dice, of a file or a folder of files, or of a dataset on the hub."""
     name, path = args.dataset_name, Path(args.dataset_name)
+    if name == "dice":
+        return dice_rolls(args.seed)
+    files = sorted(f for f in path.iterdir() if f.suffix in BUILDERS) if path.is_dir() else [path]
+    builders = {BUILDERS.get(file.suffix) for file in files}
+    if path.exists() and (len(builders) != 1 or None in builders):
+        raise UserError(f"--dataset_name {name} is not one kind of .jsonl, .json, .csv or .parquet")
+    if not path.exists() and None not in builders:
+        raise UserError(f"--dataset_name {name} does not exist")
     try:
-        if not path.exists() and path.suffix not in BUILDERS:
-            return datasets.load_dataset(name, split=args.dataset_split, revision=args.dataset_revision)
-        files = [path] if not path.is_dir() else sorted(f for f in path.iterdir() if f.suffix in BUILDERS)
-        builders = {BUILDERS.get(file.suffix) for file in files}
-        if not path.exists() or len(builders) != 1 or None in builders:
-            what = "does not exist" if not path.exists() else "is not one kind of .jsonl, .json, .csv or .parquet"
-            raise UserError(f"--dataset_name {name} {what}")
-        builder = builders.pop()
+        if not path.exists():
+            return datasets.load_dataset(
+                name, split=args.dataset_split, revision=args.dataset_revision
+            )
+        (builder,) = builders
         # CSV has no types: without these, a completion "416" becomes a number and "NA" nothing at all.
         options = {"keep_default_na": False, "dtype": str} if builder == "csv" else {}
-        return datasets.load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)
-    except UserError:
-        raise
+        paths = [str(file) for file in files]
+        return datasets.load_dataset(builder, data_files=paths, split="train", **options)
     except ConnectionError as error:
-        raise UserError(f"cannot reach {name} on the hub ({error}): use --dataset_name FILE, or --dice") from error
-    except Exception as error:  # the loader's exceptions have no common base
+        hint = "use --dataset_name FILE, or --dice, which needs no network"
+        raise UserError(f"cannot reach the dataset {name} on the hub ({error}): {hint}") from error
+    except Exception as error:  # the readers' exceptions have no common base
         reason = str(error.__cause__ or error) or "it is empty"
-        raise UserError(f"cannot read {name}: {reason[:300]}") from error
+        raise UserError(f"cannot read the dataset {name}: {reason[:300]}") from error
 
 
-TRIPLET_FEATURES = {
-    "prompt": datasets.Value("string"),
-    "completion": datasets.Value("string"),
-    "reward": datasets.Value("float64"),
-    "dropped": datasets.Value("string"),  # why the row cannot be used; None if it can
-}
+TRIPLET_FEATURES = datasets.Features(
+    {
+        "prompt": datasets.Value("string"),
+        "completion": datasets.Value("string"),
+        "reward": datasets.Value("float64"),
+        "dropped": datasets.Value("string"),  # why the row cannot be used; None if it can
+    }
+)
 
 
-def plain_triplets(batch: dict, reward_key: str) -> dict:
-    """Rows of prompt, completion, reward: checked one by one."""
-    return check_triplets(zip(batch["prompt"], batch["completion"], batch["reward"], strict=True))
+def ultrafeedback_triplets(batch: dict, reward_key: str) -> Iterator[tuple]:
+    """Raw (prompt, completion, reward) from rows of an instruction and its rated completions."""
+    for prompt, completions in zip(batch["instruction"], batch["completions"], strict=True):
+        for completion in completions or [{}]:  # an empty list counts as one row that is dropped
+            reward = completion.get(reward_key)
+            if reward_key in ASPECTS:
+                annotation = (completion.get("annotations") or {}).get(reward_key) or {}
+                reward = annotation.get("Rating")
+            yield prompt, completion.get("response"), reward
 
 
-def ultrafeedback_triplets(batch: dict, reward_key: str) -> dict:
-    """Rows of UltraFeedback, each an instruction with several rated completions, to triplets."""
-
-    def triplets() -> Iterator[tuple]:
-        for prompt, completions in zip(batch["instruction"], batch["completions"], strict=True):
-            for completion in completions or [{}]:  # an empty list is one row that is dropped
-                if reward_key in ASPECTS:
-                    aspect = (completion.get("annotations") or {}).get(reward_key) or {}
-                    reward = aspect.get("Rating")
-                else:
-                    reward = completion.get(reward_key)
-                yield prompt, completion.get("response"), reward
-
-    return check_triplets(triplets())
-
-
-def check_triplets(triplets: Iterator[tuple]) -> dict:
-    """Columns of TRIPLET_FEATURES from raw (prompt, completion, reward)."""
+def check_triplets(batch: dict, reward_key: str) -> dict:
+    """Columns of TRIPLET_FEATURES from rows in either schema."""
+    if "prompt" in batch:
+        triplets = zip(batch["prompt"], batch["completion"], batch["reward"], strict=True)
+    else:
+        triplets = ultrafeedback_triplets(batch, reward_key)
     columns = {name: [] for name in TRIPLET_FEATURES}
     for prompt, completion, reward in triplets:
         if isinstance(reward, str):
@@ -346,12 +401,44 @@ def check_triplets(triplets: Iterator[tuple]) -> dict:
     return columns
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def load_triplets(args: argparse.Namespace, dropped: Counter | None = None) -> datasets.Dataset:
+    """Read the data as triplets.
+
+    Columns of the result: `prompt` (str, stripped), `completion` (str), `reward` (float, raw). Rows
+    that cannot be used are left out, and counted by cause in one printed line and in `dropped`.
+    Raises UserError if the data cannot be read, lack the columns or have no usable row.
+    """
+    rows = read_rows(args)
+    names = set(rows.column_names)
+    if not ({"prompt", "completion", "reward"} <= names or {"instruction", "completions"} <= names):
+        needs = "prompt, completion and reward, or UltraFeedback's instruction and completions"
+        raise UserError(f"{args.dataset_name} has the columns {sorted(names)}: it needs {needs}")
+    rows = rows.map(
+        check_triplets,
+        fn_kwargs={"reward_key": args.reward_key},
+        batched=True,
+        remove_columns=rows.column_names,
+        features=TRIPLET_FEATURES,
+        desc="Reading triplets",
+    )
+    counts = Counter(cause for cause in rows["dropped"] if cause)
+    usable = rows.filter(lambda cause: cause is None, input_columns="dropped", desc="Dropping rows")
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())) or "none"
+    say(f"{len(usable)} triplets from {args.dataset_name}; rows dropped: {causes}")
+    if not len(usable):
+        raise UserError(f"{args.dataset_name} has no usable row (dropped: {causes})")
+    if dropped is not None:
+        dropped.update(counts)
+    return usable.remove_columns("dropped")
+
+
+def sha256(*texts: object) -> str:
+    """Hexadecimal digest of the texts, a line each."""
+    return hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
 
 
 def split_prompts(
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     mode: str,
     *,
     seed: int,
@@ -364,19 +451,21 @@ def split_prompts(
 
     The order of the prompts is that of a hash, so it depends on their set and `seed` alone.
     prompt_fold holds *all* folds out of training, so that one trained model may be judged on each.
-    Raises UserError if fewer prompts exist than are held out, or the fold does not exist.
+    Raises UserError if there are too few prompts, or no such fold.
     """
-    unique = sorted(set(prompts), key=lambda prompt: sha256(f"{seed}\n{prompt}"))
-    held_out = num_eval_prompts if mode == "prompt_seeded" else num_eval_folds * eval_prompts_per_fold
+    unique = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt))
+    seeded = mode == "prompt_seeded"
+    held_out = num_eval_prompts if seeded else num_eval_folds * eval_prompts_per_fold
     if held_out >= len(unique):
-        flags = "--num_eval_prompts" if mode == "prompt_seeded" else "--num_eval_folds or --eval_prompts_per_fold"
-        raise UserError(f"{held_out} prompts to hold out, but there are {len(unique)}: lower {flags}")
-    if mode == "prompt_seeded" or eval_fold_index == "all":
+        flags = "--num_eval_prompts" if seeded else "--num_eval_folds or --eval_prompts_per_fold"
+        raise UserError(f"cannot hold out {held_out} of {len(unique)} prompts: lower {flags}")
+    if seeded or eval_fold_index == "all":
         return unique[held_out:], unique[:held_out]
     if not 0 <= eval_fold_index < num_eval_folds:
-        raise UserError(f"--eval_fold_index {eval_fold_index}: the folds are 0 to {num_eval_folds - 1}, or 'all'")
-    start = eval_fold_index * eval_prompts_per_fold
-    return unique[held_out:], unique[start : start + eval_prompts_per_fold]
+        folds = f"the folds are 0 to {num_eval_folds - 1}, or 'all'"
+        raise UserError(f"--eval_fold_index {eval_fold_index} does not exist: {folds}")
+    first = eval_fold_index * eval_prompts_per_fold
+    return unique[held_out:], unique[first : first + eval_prompts_per_fold]
 
 
 @dataclass
@@ -386,24 +475,28 @@ class Side:
     triplets: datasets.Dataset  # prompt, completion, reward (raw), input_ids, labels
     rewards: Tensor  # (N,) normalised
     lengths: np.ndarray  # (N, 2) tokens of prompt and completion
-    folds: dict[str, int]  # the fold of each held-out prompt, in their order
-    ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that training never visits
+    fold_of: dict[str, int]  # each prompt's fold, in the order of the split; for the held-out side
+    ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
+
+    def select(self, rows: np.ndarray) -> "Side":
+        return Side(
+            self.triplets.select(rows), self.rewards[rows], self.lengths[rows], self.fold_of
+        )
 
 
-def load_sides(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[Side, Side, dict]:
+def load_sides(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Side, Side, dict]:
     """Triplets → prompt split → normalised rewards → tokens. Returns (train, eval, manifest)."""
     dropped = Counter()
     triplets = load_triplets(args, dropped)
-    settings = {
-        "seed": args.seed,
-        "num_eval_prompts": args.num_eval_prompts,
-        "num_eval_folds": args.num_eval_folds,
-        "eval_prompts_per_fold": args.eval_prompts_per_fold,
-    }
-    split = lambda fold: split_prompts(triplets["prompt"], args.split_mode, eval_fold_index=fold, **settings)  # noqa: E731
-    train, held_out = map(set, split(args.eval_fold_index))
-    folds = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
-    fold_of = {prompt: fold for fold in folds for prompt in split(fold)[1] if prompt in held_out}
+    prompts = set(triplets["prompt"])
+    names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
+    settings = {name: getattr(args, name) for name in names}
+    split = functools.partial(split_prompts, prompts, args.split_mode, **settings)
+    train, held_out = split(eval_fold_index=args.eval_fold_index)
+    indices = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
+    folds = {fold: split(eval_fold_index=fold)[1] for fold in indices}
     manifest = {
         "dataset_name": args.dataset_name,
         "dataset_revision": args.dataset_revision,
@@ -412,27 +505,36 @@ def load_sides(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         "eval_fold_index": args.eval_fold_index,
         "dropped": dict(dropped),
         "reward_key": args.reward_key,
-        "held_out": {fold: [sha256(prompt)[:16] for prompt in split(fold)[1]] for fold in folds},
+        "held_out": {str(fold): [sha256(p)[:16] for p in folds[fold]] for fold in folds},
     }
-    tables = {}
-    for side, prompts, most in [("train", train, args.max_train_samples), ("eval", held_out, args.max_eval_samples)]:
-        table = triplets.filter(lambda prompt: prompt in prompts, input_columns="prompt", desc=f"Splitting off {side}")
+    tables = {
+        "train": (set(train), args.max_train_samples),
+        "eval": (set(held_out), args.max_eval_samples),
+    }
+    for side, (chosen, most) in tables.items():
+        keep = functools.partial(lambda prompt, chosen: prompt in chosen, chosen=chosen)
+        table = triplets.filter(keep, input_columns="prompt", desc=f"Splitting off {side}")
         tables[side] = table = table.select(range(min(most or len(table), len(table))))
         kept = sorted(set(table["prompt"]))
         manifest[f"{side}_rows"], manifest[f"{side}_prompts"] = len(table), len(kept)
-        manifest[f"{side}_prompts_sha256"] = sha256("\n".join(kept))
+        manifest[f"{side}_prompts_sha256"] = sha256(*kept)
     # The paper's "mean 0 and variance 1 across the dataset", from the training side alone: statistics
     # that include the held-out rewards would leak them.
     rewards = np.array(tables["train"]["reward"])
     mean, std = float(rewards.mean()), float(rewards.std())
     if std == 0:
-        raise UserError(f"all {len(rewards)} training rewards are {mean}: there is nothing to learn from them")
+        raise UserError(
+            f"all {len(rewards)} training rewards are {mean}: nothing can be learnt from them"
+        )
     manifest["reward_mean"], manifest["reward_std"] = mean, std
 
     def tokenize(batch: dict) -> dict:
         # Not the tokenizer's own truncation: it appends EOS after the cut, which would teach the policy
         # to stop in mid-sentence. A long prompt keeps its end, EOS included; a long completion loses it.
-        prompts, completions = tokenizer(batch["prompt"]).input_ids, tokenizer(batch["completion"]).input_ids
+        prompts, completions = (
+            tokenizer(batch["prompt"]).input_ids,
+            tokenizer(batch["completion"]).input_ids,
+        )
         return {
             "input_ids": [ids[-args.max_prompt_length :] for ids in prompts],
             "labels": [ids[: args.max_completion_length] for ids in completions],
@@ -441,35 +543,43 @@ def load_sides(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
     sides = []
     for table in tables.values():
         table = table.map(tokenize, batched=True, desc="Tokenising")
-        lengths = np.array([[len(x), len(y)] for x, y in zip(table["input_ids"], table["labels"], strict=True)])
-        rewards = (torch.tensor(table["reward"]) - mean) / std
-        sides.append(Side(table, rewards.float(), lengths, fold_of))
+        rewards = ((torch.tensor(table["reward"]) - mean) / std).float()
+        lengths = [list(map(len, table[column])) for column in ("input_ids", "labels")]
+        fold_of = {prompt: fold for fold in folds for prompt in folds[fold]}
+        sides.append(Side(table, rewards, np.array(lengths).T, {p: fold_of[p] for p in held_out}))
     return *sides, manifest
 
 
-def stream_rows(num_rows: int, batch_size: int, first_step: int, last_step: int, seed: int) -> Iterator[np.ndarray]:
-    """The (batch_size,) row numbers of each step, first to last: one endless chain of permutations.
+def stream_rows(
+    num_rows: int, batch_size: int, steps: Iterable[int], seed: int
+) -> Iterator[np.ndarray]:
+    """The (batch_size,) row numbers of each step, counted from 1: one endless chain of permutations.
 
-    Batches cross the end of an epoch; step n's rows depend on n and these arguments alone.
+    Batches cross the end of an epoch; a step's rows depend on its number and these arguments alone.
     """
-    epoch, permutation = None, None
-    for step in range(first_step, last_step + 1):
-        rows = np.empty(batch_size, dtype=np.int64)
-        for i, position in enumerate(range((step - 1) * batch_size, step * batch_size)):
-            if position // num_rows != epoch:
-                epoch = position // num_rows
-                permutation = np.random.default_rng([seed, epoch]).permutation(num_rows)
-            rows[i] = permutation[position % num_rows]
-        yield rows
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+    for step in steps:
+        epochs, positions = np.divmod(
+            np.arange((step - 1) * batch_size, step * batch_size), num_rows
+        )
+        yield np.concatenate([permutation(e)[positions[epochs == e]] for e in np.unique(epochs)])
 
 
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Cut `rows` into groups of like length, each at most `max_tokens` when padded (or a single row)."""
-    groups = [[]]
-    longest = np.zeros(2, dtype=np.int64)
-    for row in rows[np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]]:  # by completion, then prompt
-        longest = np.maximum(longest, lengths[row])
-        if groups[-1] and (len(groups[-1]) + 1) * longest.sum() > max_tokens:
+    """Cut this process's share of `rows` into groups of like length.
+
+    A group has at most `max_tokens` when padded, or is a single row. The shares are every
+    WORLD_SIZE-th row in order of length, so that all processes have the same work.
+    """
+    order = np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]  # by completion, then by prompt
+    groups: list[list[int]] = []
+    for row in rows[order][RANK::WORLD_SIZE]:
+        longest = np.maximum(longest, lengths[row]) if groups else lengths[row]
+        if not groups or (len(groups[-1]) + 1) * longest.sum() > max_tokens:
             groups.append([])
             longest = lengths[row]
         groups[-1].append(row)
@@ -479,7 +589,19 @@ def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> lis
 # --------------------------------------------------------------------------------------- models
 
 
-def load_policy(args: argparse.Namespace, source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def tiny_t5(seed: int) -> T5ForConditionalGeneration:
+    """A byte-level T5 of 0.2M random parameters, for dice."""
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=384, d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2, dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
+def load_policy(
+    args: argparse.Namespace, source: str | Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy and its tokenizer, from the hub, a folder, or tiny and random for "dice".
 
     Raises UserError if they cannot be loaded or are not an encoder-decoder of the T5 family.
@@ -489,13 +611,17 @@ def load_policy(args: argparse.Namespace, source: str | Path) -> tuple[PreTraine
     revision = args.model_revision if source == args.model_name_or_path else None
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
-        if not config.is_encoder_decoder or not hasattr(config, "dropout_rate"):
-            kind = "an encoder-decoder of another family" if config.is_encoder_decoder else "a decoder-only model"
-            raise UserError(f"{source} ({config.model_type}) is {kind}: only the T5 family is supported yet")
+        if not config.is_encoder_decoder:
+            raise UserError(
+                f"{source} ({config.model_type}) is a decoder-only model: not supported yet"
+            )
+        if not hasattr(config, "dropout_rate"):
+            raise UserError(
+                f"{source} ({config.model_type}) is not of the T5 family: not supported yet"
+            )
         config.dropout_rate = 0.0  # with dropout, log π/π_ref would not be 0 at step 0
-        policy = AutoModelForSeq2SeqLM.from_pretrained(
-            source, revision=revision, config=config, dtype=torch.float32
-        )
+        options = {"revision": revision, "config": config, "dtype": torch.float32}
+        policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
         return policy, AutoTokenizer.from_pretrained(source, revision=revision)
     except UserError:
         raise
@@ -510,38 +636,52 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     `batch`: `input_ids`, `attention_mask` (B, S); `labels` (B, T), −100 on padding. Returns (B,) float32.
     """
     labels = batch["labels"]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),  # not `labels`: no second loss
-        use_cache=False,
-    ).logits  # (B, T, vocabulary)
-    token_logps = -F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
-    )  # 0 on padding
-    return token_logps.view_as(labels).sum(-1)
+    # Found where the labels are, which `Run.batch` leaves on the CPU: asking a GPU would wait for it.
+    row, position = (labels != -100).nonzero(as_tuple=True)  # of the N real tokens
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
+    tensors = (row, position, labels[row, position], decoder_input_ids)
+    row, position, targets, decoder_input_ids = (
+        t.to(model.device, non_blocking=True) for t in tensors
+    )
+    # The product with the vocabulary is the largest of all: padding is dropped before it, not after.
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][row, position],))
+    try:
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=decoder_input_ids,  # not `labels`: no second loss
+            use_cache=False,
+        ).logits  # (N, vocabulary)
+    finally:
+        hook.remove()
+    token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
+    return token_logps.new_zeros(labels.shape).index_put((row, position), token_logps).sum(-1)
 
 
 class ValueModel(nn.Module):
     """V_φ(x), the value of a prompt in normalised rewards: encoder, mean over tokens, linear head.
 
     The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value model is
-    then half the policy's size. The head has no bias and does not start at 0, because Adafactor moves a
-    parameter in proportion to its own size.
+    then half the policy's size. The head is the difference of two that start equal: V starts at 0, the
+    mean reward, and yet can move under Adafactor, which moves a parameter in proportion to its own size.
+    (A random V starts off by about 1, and the policy, in making up for it, leaks mass: README, detail 8.)
     """
 
     def __init__(self, encoder: PreTrainedModel):
         super().__init__()
         self.encoder = encoder
         width = encoder.config.hidden_size
-        self.head = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.head = nn.Parameter(torch.randn(width).mul(width**-0.5).repeat(2, 1))  # (2, width)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`input_ids`, `attention_mask` (B, S) → (B,) float32."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         mask = attention_mask.unsqueeze(-1)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)  # (B, width)
-        return (pooled * self.head).sum(-1)  # not a matmul: autocast would round it
+        pooled = (encoded.last_hidden_state.float() * mask).sum(1) / mask.sum(1)  # (B, width)
+        return (pooled * (self.head[0] - self.head[1])).sum(
+            -1
+        )  # no matmul: autocast would round it
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -583,19 +723,20 @@ def request_stop(signum: int, frame: object) -> None:
 class progress(tqdm):
     """A progress bar, on terminals, over work that may be stopped before each of its items."""
 
-    def __init__(self, items, desc: str, **options):
-        super().__init__(items, desc=desc, disable=None, dynamic_ncols=True, **options)
+    def __init__(self, items: Iterable, desc: str, **options):
+        hidden = True if RANK else None  # None: unless stderr is a terminal
+        super().__init__(items, desc=desc, disable=hidden, dynamic_ncols=True, **options)
 
     def __iter__(self):
         for item in super().__iter__():
-            if stop_signals:
+            if stop_signals and WORLD_SIZE == 1:  # several processes agree first: see `train`
                 raise Stopped
             yield item
 
 
 @dataclass
 class Run:
-    """What the loop works on. Time is counted from the moment π_ref is fixed: SFT's steps are
+    """What the loop works on. Steps are counted from the moment π_ref is fixed: SFT's are
     1 − sft_steps … 0, DRO-V's are 1 … max_steps."""
 
     args: argparse.Namespace
@@ -603,55 +744,58 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train: Side
     eval: Side
+    manifest: dict
     step: int
     value_model: ValueModel | None = None  # from step 0 on
     optimizer: torch.optim.Optimizer | None = None
-    window: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # since the last log line
+    window: dict[str, list] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # since the last log line
 
-    @property
-    def device(self) -> torch.device:
-        return self.policy.device
-
-    def batch(self, side: Side, rows: np.ndarray, columns: Sequence[str] = ("input_ids", "labels")) -> dict[str, Tensor]:
-        """The padded tensors of some rows, on the device: `input_ids`, `attention_mask`, `labels`."""
+    def batch(self, side: Side, rows: np.ndarray) -> dict[str, Tensor]:
+        """Some rows, padded: `input_ids`, `attention_mask` on the device, `labels` on the CPU."""
         table = side.triplets[rows]
-        padding = {"input_ids": self.tokenizer.pad_token_id, "labels": -100}
-        batch = {c: nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in table[c]], batch_first=True, padding_value=padding[c]) for c in columns}
-        lengths = torch.tensor(side.lengths[rows, 0])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        examples = [
+            {"input_ids": x, "labels": y} for x, y in zip(table["input_ids"], table["labels"])
+        ]
+        batch = dict(DataCollatorForSeq2Seq(self.tokenizer)(examples))
+        for name in ("input_ids", "attention_mask"):
+            if (
+                self.policy.device.type == "cuda"
+            ):  # pinned, the copy overlaps with what the GPU does
+                batch[name] = batch[name].pin_memory()
+            batch[name] = batch[name].to(self.policy.device, non_blocking=True)
+        return batch
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
-
-
-def check_finite(run: Run) -> None:
-    """End the run if a loss or gradient since the last log line is NaN or infinite."""
-    window = run.window
-    bad = [n for n in ("nll", "residual", "grad_norm", "value_grad_norm") if n in window and not all_finite(window[n])]
-    if bad:
-        first = run.step - len(window["seconds"]) + 1
-        steps = f"step {run.step}" if first == run.step else f"steps {first} to {run.step}"
-        rows = torch.cat(window["row"])[:3].tolist()
-        prompts = "; ".join(repr(run.train.triplets[row]["prompt"][:80]) for row in rows)
-        raise FloatingPointError(
-            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {prompts}. Nothing of it was saved; "
-            "try a lower --learning_rate or --max_grad_norm 1"
-        )
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
 
 
 def pool(window: dict[str, list]) -> dict[str, Tensor]:
-    """Each name's tensors and numbers in one CPU tensor."""
-    return {name: torch.cat([torch.as_tensor(v).reshape(-1) for v in values]).cpu() for name, values in window.items()}
+    """Each name's tensors and numbers, of all processes, in one CPU tensor."""
+    flat = lambda values: torch.cat([torch.as_tensor(v).reshape(-1) for v in values]).cpu()
+    parts = gather({name: flat(values) for name, values in window.items()})
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
 
-def summarise(window: dict[str, list], tau: float) -> dict[str, float | None]:
-    """What is logged, pooled over all rows in `window`: README, "What is logged"."""
-    pooled = {name: values.double() for name, values in pool(window).items()}
+def check_finite(run: Run, pooled: dict[str, Tensor]) -> None:
+    """Raises FloatingPointError if a loss or gradient since the last log line is NaN or infinite."""
+    checked = ("nll", "residual", "grad_norm", "value_grad_norm")
+    bad = [name for name in checked if name in pooled and not pooled[name].isfinite().all()]
+    if bad:
+        first = run.step - len(pooled["seconds"]) + 1
+        steps = f"step {run.step}" if first == run.step else f"steps {first} to {run.step}"
+        prompts = run.train.triplets[pooled["row"][:3].numpy()]["prompt"]
+        shown = "; ".join(repr(prompt[:80]) for prompt in prompts)
+        raise FloatingPointError(
+            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of it was "
+            "saved; try a lower --learning_rate or --max_grad_norm 1"
+        )
+
+
+def summarise(pooled: dict[str, Tensor], tau: float) -> dict[str, float | None]:
+    """What is logged, over all pooled rows: README, "What is logged"."""
+    pooled = {name: values.double() for name, values in pooled.items()}
     metrics = {}
     if "residual" in pooled:
         residual, log_ratio, reward = pooled["residual"], pooled["log_ratio"], pooled["reward"]
@@ -659,25 +803,39 @@ def summarise(window: dict[str, list], tau: float) -> dict[str, float | None]:
         metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
         metrics["residual_mean"] = residual.mean()
         metrics["residual_std"] = residual.std(correction=0)
-        metrics["value_explained_variance"] = 1 - residual.var(correction=0) / target.var(correction=0)
+        metrics["value_explained_variance"] = 1 - residual.var(correction=0) / target.var(
+            correction=0
+        )
         metrics["log_ratio_mean"] = log_ratio.mean()
         metrics["reward_mean"] = reward.mean()
     if "nll" in pooled:
         metrics["sft_loss"] = pooled["nll"].sum() / pooled["completion_tokens"].sum()
     if "seconds" in pooled:
-        metrics |= {name: pooled[name].mean() for name in ("grad_norm", "value_grad_norm") if name in pooled}
+        norms = [name for name in ("grad_norm", "value_grad_norm") if name in pooled]
+        metrics |= {name: pooled[name].mean() for name in norms}
         metrics["step_seconds"] = pooled["seconds"].mean()
         metrics["tokens_per_second"] = pooled["tokens"].sum() / pooled["seconds"].sum()
         metrics["padding"] = 1 - pooled["tokens"].sum() / pooled["padded_tokens"].sum()
     return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
 
 
-def log(run: Run, metrics: dict) -> None:
-    """A line for people and a line of metrics.jsonl for machines."""
-    with (run.args.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in metrics.items()}
-    say(f"step {run.step:>5}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+# What of a line of metrics.jsonl is also printed, and under which name.
+SHOWN = {
+    "sft_loss": "loss", "loss": "loss", "residual_mean": "residual mean", "residual_std": "std",
+    "value_explained_variance": "V explains", "log_ratio_mean": "log π/π_ref", "step_seconds": "s/step",
+    "tokens_per_second": "tokens/s", "reference_seconds": "seconds for π_ref",
+}  # fmt: skip
+
+
+def log(run: Run, metrics: dict[str, float | None]) -> None:
+    """A line of metrics.jsonl for machines, and one for people."""
+    if RANK == 0:
+        with (run.args.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": run.step, **metrics}) + "\n")
+    shown = {SHOWN.get(name.removeprefix("eval_")): value for name, value in metrics.items()}
+    numbers = [f"{name} {value:.4g}" for name, value in shown.items() if name and value is not None]
+    held_out = " held out" if "eval_loss" in metrics else ""
+    say(f"step {run.step:>5}{held_out}: {', '.join(numbers)}")
 
 
 @contextmanager
@@ -695,7 +853,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: Path, lines: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -716,37 +882,43 @@ def save_checkpoint(run: Run) -> None:
 
     Raises FloatingPointError instead where a loss, a gradient or a weight is not finite.
     """
+    window = pool(run.window)
+    check_finite(run, window)
+    networks = [run.policy, run.value_model] if run.value_model else [run.policy]
+    if not all(p.isfinite().all() for network in networks for p in network.parameters()):
+        raise FloatingPointError(
+            f"weights not finite after step {run.step}: no checkpoint is written of them"
+        )
     folder = run.args.output_dir / f"checkpoint-{run.step}"
-    if folder.exists():
+    if RANK > 0 or folder.exists():
         return
-    check_finite(run)
-    networks = [run.policy] + [run.value_model] * (run.value_model is not None)
-    if not all_finite(parameter for network in networks for parameter in network.parameters()):
-        raise FloatingPointError(f"weights not finite after step {run.step}: no checkpoint is written from them")
     with atomic(folder) as temporary:
         save_networks(run, temporary)
         optimizer = run.optimizer.state_dict() if run.optimizer else None
-        torch.save({"optimizer": optimizer, "window": pool(run.window)}, temporary / "training_state.pt")
+        torch.save({"optimizer": optimizer, "window": window}, temporary / "training_state.pt")
     if run.args.save_total_limit:
         for old in checkpoints(run.args.output_dir)[: -run.args.save_total_limit]:
-            dying = old.rename(old.with_name(f".{old.name}.tmp"))  # half deleted, it must not look complete
-            shutil.rmtree(dying)
+            shutil.rmtree(
+                old.rename(old.with_name(f".{old.name}.tmp"))
+            )  # half deleted is not complete
 
 
 def make_optimizer(run: Run, sft: bool) -> Callable[[int], float]:
     """Set run.optimizer; returns the schedule: the factor on the learning rates at a step, from 1."""
-    args = run.args
+    args, steps = run.args, run.args.sft_steps if sft else run.args.max_steps
+    policy = list(run.policy.parameters())
     if sft:
-        groups, steps = [{"params": list(run.policy.parameters()), "lr": args.sft_learning_rate}], args.sft_steps
+        groups = [{"params": policy, "lr": args.sft_learning_rate}]
     else:
         # 1/τ on the gradient, as in dro_v_loss, all but cancels in Adafactor and Adam, which divide by the
         # gradient's own size. The paper may have meant the update: --rescale_policy_lr does that, too.
         policy_lr = args.learning_rate / args.tau if args.rescale_policy_lr else args.learning_rate
-        policy = list(run.policy.parameters())
         known = set(policy)  # with a shared backbone, what is left to the value's group is its head
         value = [parameter for parameter in run.value_model.parameters() if parameter not in known]
-        groups = [{"params": policy, "lr": policy_lr}, {"params": value, "lr": args.value_learning_rate}]
-        steps = args.max_steps
+        groups = [
+            {"params": policy, "lr": policy_lr},
+            {"params": value, "lr": args.value_learning_rate},
+        ]
     if args.optim == "adafactor":
         # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is on the
         # gradient's scale; torch's default would make the updates of small gradients depend on their size.
@@ -754,8 +926,10 @@ def make_optimizer(run: Run, sft: bool) -> Callable[[int], float]:
     else:
         run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     # The + 1 and counting from 1: neither the first step nor the last has a learning rate of 0.
-    scheduler = transformers.get_scheduler(args.lr_scheduler_type, run.optimizer, args.warmup_steps, steps + 1)
-    return scheduler.lr_lambdas[0]
+    schedule = transformers.get_scheduler(
+        args.lr_scheduler_type, run.optimizer, args.warmup_steps, steps + 1
+    )
+    return schedule.lr_lambdas[0]
 
 
 def train(run: Run, last: int) -> Iterator[int]:
@@ -764,19 +938,23 @@ def train(run: Run, last: int) -> Iterator[int]:
     begun = -args.sft_steps if sft else 0  # the step at which this optimiser's life began
     schedule = make_optimizer(run, sft)
     if run.step > begun:  # resumed
-        state = torch.load(args.output_dir / f"checkpoint-{run.step}" / "training_state.pt", weights_only=True)
+        state = torch.load(
+            args.output_dir / f"checkpoint-{run.step}" / "training_state.pt", weights_only=True
+        )
         run.optimizer.load_state_dict(state["optimizer"])
-        run.window.update((name, [values]) for name, values in state["window"].items())
+        run.window.update((name, [values]) for name, values in state["window"].items() if RANK == 0)
     groups = run.optimizer.param_groups
-    networks = [[p for group in groups for p in group["params"]]]
-    if not args.share_policy_and_value_backbone:
-        networks = [group["params"] for group in groups]
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    stream = stream_rows(len(side.rewards), batch_size, run.step + 1 - begun, last - begun, args.seed)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    shared = args.share_policy_and_value_backbone
+    networks = (
+        [parameters] if shared else [group["params"] for group in groups]
+    )  # each clipped by itself
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+    steps = range(run.step + 1, last + 1)
+    stream = stream_rows(len(side.rewards), batch_size, (step - begun for step in steps), args.seed)
     bar = progress(stream, "SFT" if sft else "DRO-V", total=last - begun, initial=run.step - begun)
     for rows in bar:
-        started = time.perf_counter()
-        step, window = run.step + 1, run.window
+        started, window = time.perf_counter(), run.window
         divisor = int(side.lengths[rows, 1].sum()) if sft else len(rows)
         for micro in micro_batches(rows, side.lengths, args.micro_batch_tokens):
             batch = run.batch(side, micro)
@@ -784,52 +962,79 @@ def train(run: Run, last: int) -> Iterator[int]:
                 policy_logps = sequence_logps(run.policy, batch)
                 if sft:  # maximum likelihood: the mean over the batch's tokens
                     row_loss = -policy_logps
-                    record = {"nll": row_loss, "completion_tokens": torch.tensor(side.lengths[micro, 1])}
+                    record = {"nll": row_loss, "completion_tokens": side.lengths[micro, 1]}
                 else:
                     values = run.value_model(batch["input_ids"], batch["attention_mask"])
-                    ref_logps, rewards = (t[micro].to(run.device) for t in (side.ref_logps, side.rewards))
-                    policy_loss, value_loss, residual = dro_v_loss(policy_logps, ref_logps, values, rewards, args.tau)
+                    ref_logps, rewards = (
+                        t[micro].to(values.device) for t in (side.ref_logps, side.rewards)
+                    )
+                    policy_loss, value_loss, residual = dro_v_loss(
+                        policy_logps, ref_logps, values, rewards, args.tau
+                    )
                     row_loss = policy_loss + value_loss
-                    record = {"residual": residual, "log_ratio": policy_logps - ref_logps, "reward": rewards}
-            (row_loss.sum() / divisor).backward()  # over the whole batch: cutting it changes no gradient
-            record |= {"row": torch.tensor(micro), "padded_tokens": batch["input_ids"].numel() + batch["labels"].numel()}
+                    record = {
+                        "residual": residual,
+                        "log_ratio": policy_logps - ref_logps,
+                        "reward": rewards,
+                    }
+            (
+                row_loss.sum() / divisor
+            ).backward()  # over the whole batch: cutting it changes no gradient
+            record |= {
+                "row": micro,
+                "padded_tokens": batch["input_ids"].numel() + batch["labels"].numel(),
+            }
             for name, value in record.items():
                 window[name].append(value.detach() if isinstance(value, Tensor) else value)
+        sum_gradients(parameters)
         for name, network in zip(("grad_norm", "value_grad_norm"), networks):
             norm = torch.nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
             if args.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
-            window[name].append(norm)
+            if RANK == 0:
+                window[name].append(norm)
         for group in groups:
-            group["lr"] = group["initial_lr"] * schedule(step - begun)
+            group["lr"] = group["initial_lr"] * schedule(run.step + 1 - begun)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.step = step
-        window["tokens"].append(int(side.lengths[rows].sum()))
-        window["seconds"].append(time.perf_counter() - started)
+        run.step += 1
+        if RANK == 0:
+            window["tokens"].append(side.lengths[rows].sum())
+            window["seconds"].append(time.perf_counter() - started)
 
-        if step % args.logging_steps == 0 or step == last:
-            check_finite(run)
-            metrics = summarise(window, args.tau)
-            rates = dict(zip(("lr", "value_lr"), (group["lr"] for group in groups)))
-            log(run, {**metrics, **rates})
+        if run.step % args.logging_steps == 0 or run.step == last:
+            pooled = pool(window)
+            check_finite(run, pooled)
+            metrics = summarise(pooled, args.tau)
+            log(
+                run, {**metrics, **dict(zip(("lr", "value_lr"), (group["lr"] for group in groups)))}
+            )
             bar.set_postfix(loss=metrics.get("sft_loss", metrics.get("loss")))
             window.clear()
-        if step % args.save_steps == 0 or step == last:
+            if WORLD_SIZE > 1 and any(stops := sum(gather(stop_signals), [])):
+                stop_signals[:] = stops
+                raise Stopped
+        if run.step % args.save_steps == 0 or run.step == last:
             save_checkpoint(run)
-        yield step
+        yield run.step
 
 
 # ----------------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
-def score(run: Run, side: Side, rows: np.ndarray, function: Callable[[dict], Tensor], desc: str) -> Tensor:
-    """`function` (a batch of b rows → (b,)) on `rows`, in length order. Returns (N,), NaN elsewhere."""
-    scores = torch.full((len(side.rewards),), torch.nan)
+def score(
+    run: Run, side: Side, rows: np.ndarray, function: Callable[[dict], Tensor], desc: str
+) -> Tensor:
+    """`function` (a batch of b rows → (b, …)) on `rows`, in length order. Returns (N, …), NaN elsewhere."""
+    part = [(np.empty(0, dtype=np.int64), torch.empty(0))]
     for micro in progress(micro_batches(rows, side.lengths, run.args.micro_batch_tokens), desc):
         with run.autocast():
-            scores[micro] = function(run.batch(side, micro)).float().cpu()
+            part.append((micro, function(run.batch(side, micro)).float().cpu()))
+    scored, numbers = zip(*itertools.chain.from_iterable(gather(part)))
+    numbers = torch.cat(numbers)
+    scores = numbers.new_full((len(side.rewards), *numbers.shape[1:]), torch.nan)
+    scores[np.concatenate(scored)] = numbers
     return scores
 
 
@@ -839,111 +1044,117 @@ def fix_reference(run: Run) -> None:
     No copy of the policy is kept, and no step runs one. A resumed run finds the numbers on disk.
     """
     args, file = run.args, run.args.output_dir / "reference_logps.safetensors"
-    if not file.exists():
+    known = gather(file.exists())[0]
+    if not known:
         save_checkpoint(run)  # checkpoint-0 is π_ref
-        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch_size = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+        )
         total = len(run.train.rewards)
         visited = np.arange(total)
         if args.max_steps * batch_size < total:  # score no row that is not going to be used
-            steps = stream_rows(total, batch_size, 1, args.max_steps, args.seed)
-            visited = np.concatenate([np.empty(0, dtype=np.int64), *steps])
+            steps = stream_rows(total, batch_size, range(1, args.max_steps + 1), args.seed)
+            visited = np.concatenate([visited[:0], *steps])
         started = time.perf_counter()
-        log_prob = lambda batch: sequence_logps(run.policy, batch)  # noqa: E731
+        log_prob = functools.partial(sequence_logps, run.policy)
         logps = {"train": score(run, run.train, visited, log_prob, "π_ref on training rows")}
         log(run, {"reference_seconds": time.perf_counter() - started})
         if not args.overfit_one_batch:
-            logps["eval"] = score(run, run.eval, np.arange(len(run.eval.rewards)), log_prob, "π_ref on held-out rows")
-        with atomic(file) as temporary:
-            save_file(logps, temporary)
-    logps = load_file(file)
+            held_out = np.arange(len(run.eval.rewards))
+            logps["eval"] = score(run, run.eval, held_out, log_prob, "π_ref on held-out rows")
+        if RANK == 0:
+            with atomic(file) as temporary:
+                save_file(logps, temporary)
+    else:
+        logps = load_file(file)
     run.train.ref_logps, run.eval.ref_logps = logps["train"], logps.get("eval")
-    torch.manual_seed(args.seed)  # the value head is the only thing drawn at random
+    torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
     encoder = run.policy.get_encoder()
-    run.value_model = ValueModel(encoder if args.share_policy_and_value_backbone else copy.deepcopy(encoder))
-    run.value_model.to(run.device)
+    run.value_model = ValueModel(
+        encoder if args.share_policy_and_value_backbone else copy.deepcopy(encoder)
+    )
+    run.value_model.to(run.policy.device)
     if run.step > 0:  # resumed
-        load_model(run.value_model, args.output_dir / f"checkpoint-{run.step}" / "value_model" / "model.safetensors")
+        load_model(
+            run.value_model,
+            args.output_dir / f"checkpoint-{run.step}/value_model/model.safetensors",
+        )
 
 
 def evaluate(run: Run) -> dict:
-    """Held-out metrics, logged as eval_…; returns the rows' numbers, each (N,), and the metrics."""
-    side, rows = run.eval, np.arange(len(run.eval.rewards))
-    policy_logps = score(run, side, rows, lambda batch: sequence_logps(run.policy, batch), "π on held-out rows")
-    value = lambda batch: run.value_model(batch["input_ids"], batch["attention_mask"])  # noqa: E731
-    values = score(run, side, rows, value, "V on held-out rows")
+    """Held-out metrics, logged as eval_…; returns them, those of each fold, and the rows' numbers (N,)."""
+    side = run.eval
+
+    def both(batch: dict[str, Tensor]) -> Tensor:
+        values = run.value_model(batch["input_ids"], batch["attention_mask"])
+        return torch.stack([sequence_logps(run.policy, batch), values], dim=-1)
+
+    scores = score(run, side, np.arange(len(side.rewards)), both, "π and V on held-out rows")
+    policy_logps, values = scores.unbind(-1)
     _, _, residual = dro_v_loss(policy_logps, side.ref_logps, values, side.rewards, run.args.tau)
-    numbers = {"residual": residual, "log_ratio": policy_logps - side.ref_logps, "reward": side.rewards}
-    of_fold = lambda chosen: summarise({name: [value[chosen]] for name, value in numbers.items()}, run.args.tau)  # noqa: E731
-    metrics = {f"eval_{name}": value for name, value in of_fold(slice(None)).items()}
+    numbers = {
+        "residual": residual,
+        "log_ratio": policy_logps - side.ref_logps,
+        "reward": side.rewards,
+    }
+    metrics = {f"eval_{name}": value for name, value in summarise(numbers, run.args.tau).items()}
     log(run, metrics)
-    folds = torch.tensor([side.folds[prompt] for prompt in side.triplets["prompt"]])
-    by_fold = {str(fold): of_fold(folds == fold) for fold in sorted(set(folds.tolist()))}
-    return {**numbers, "policy_logps": policy_logps, "values": values, "metrics": metrics, "folds": by_fold}
+    row_folds = np.array([side.fold_of[prompt] for prompt in side.triplets["prompt"]])
+    folds = {}
+    for fold in np.unique(row_folds):
+        chosen = torch.from_numpy(row_folds == fold)
+        of_fold = {name: values[chosen] for name, values in numbers.items()}
+        folds[str(fold)] = summarise(of_fold, run.args.tau)
+    return {"metrics": metrics, "folds": folds, "policy_logps": policy_logps, "values": values}
 
 
 @torch.no_grad()
-def generate(run: Run) -> list[dict]:
-    """Answer every held-out prompt and write generations-<step>.jsonl; returns its lines.
+def generate(run: Run) -> None:
+    """Answer every held-out prompt and write generations-<step>.jsonl.
 
     The samples of a batch are seeded by its prompts: they depend on no other batch and on no step.
     """
     args, side = run.args, run.eval
     row_of = {prompt: row for row, prompt in reversed(list(enumerate(side.triplets["prompt"])))}
-    prompts = [prompt for prompt in side.folds if prompt in row_of]  # --max_eval_samples may have cut some
-    rows = np.array([row_of[prompt] for prompt in prompts])
-    order = np.argsort(side.lengths[rows, 0], kind="stable")[::-1]
-    size = args.per_device_eval_batch_size
-    sampling = dict(do_sample=args.temperature > 0, max_new_tokens=args.max_new_tokens)
+    prompts = [
+        prompt for prompt in side.fold_of if prompt in row_of
+    ]  # --max_eval_samples may cut some
+    prompts.sort(key=lambda prompt: -side.lengths[row_of[prompt], 0])
+    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature > 0:
-        sampling |= dict(temperature=args.temperature, top_p=args.top_p, top_k=0)
-        sampling |= dict(num_return_sequences=args.num_return_sequences)
+        sampling |= {
+            "do_sample": True,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": 0,
+        }
+    size, each = args.per_device_eval_batch_size, args.num_return_sequences
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     answers = {}
     run.policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
-    for batch in progress([order[i : i + size] for i in range(0, len(order), size)], "Answering"):
-        torch.manual_seed(int(sha256("\n".join([str(args.seed), *(prompts[i] for i in batch)]))[:15], 16))
+    for batch in progress(batches[RANK::WORLD_SIZE], "Answering"):
+        torch.manual_seed(int(sha256(args.seed, *batch)[:15], 16))
+        inputs = run.batch(side, np.array([row_of[prompt] for prompt in batch]))
+        del inputs["labels"]
         with run.autocast():
-            ids = run.policy.generate(**run.batch(side, rows[batch], ["input_ids"]), **sampling)
+            ids = run.policy.generate(**inputs, **sampling, num_return_sequences=each)
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        each = len(texts) // len(batch)
-        answers |= {prompts[i]: texts[k * each : (k + 1) * each] for k, i in enumerate(batch)}
+        answers |= {prompt: texts[i * each : (i + 1) * each] for i, prompt in enumerate(batch)}
     run.policy.train()
-    lines = [{"prompt": p, "fold": side.folds[p], "completions": answers[p]} for p in prompts]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(args.output_dir / f"generations-{run.step}.jsonl", text)
-    return lines
+    answers = functools.reduce(dict.__or__, gather(answers))
+    lines = (
+        {"prompt": p, "fold": side.fold_of[p], "completions": answers[p]}
+        for p in side.fold_of
+        if p in answers
+    )
+    if RANK == 0:
+        write_jsonl(args.output_dir / f"generations-{run.step}.jsonl", lines)
 
 
 # ----------------------------------------------------------------------------------------- dice
 
-# The prompt "Ada rolls 3d6" asks for three rolls of a six-sided die; "416" is a completion, 11 its reward.
-# The data are fair rolls, so π_ref is, and Eq. 2 gives the optimum exactly: each die loaded by the same
-# amount, π*(k) ∝ exp(k / (s τ)), where s is the standard deviation by which rewards are normalised.
-
-NAMES = "Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre Rózsa Sofia Sophie Srinivasa Thomas"  # fmt: skip
-
-
-def dice_rolls(seed: int) -> datasets.Dataset:
-    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for name, dice, sides in itertools.product(NAMES.split(), (1, 2, 3, 4), (4, 6, 8)):
-        for roll in rng.integers(1, sides + 1, size=(64, dice)):
-            completion = "".join(map(str, roll))
-            rows.append({"prompt": f"{name} rolls {dice}d{sides}", "completion": completion, "reward": int(roll.sum())})
-    return datasets.Dataset.from_list(rows)
-
-
-def parse_dice(prompt: str) -> tuple[int, int]:
-    """"Ada rolls 3d6" → (3, 6)."""
-    dice, sides = prompt.rsplit(" ", 1)[1].split("d")
-    return int(dice), int(sides)
-
-
-def dice_reward(prompt: str, completion: str) -> int | None:
-    """The true reward: the sum of the faces, or None for what is not a roll of these dice."""
-    dice, sides = parse_dice(prompt)
-    faces = [int(face) if face in "12345678" else 0 for face in completion]
-    return sum(faces) if len(faces) == dice and all(1 <= face <= sides for face in faces) else None
+# The data are fair rolls, so π_ref is, and Eq. 2 gives the optimum exactly: each die loaded by the
+# same amount, π*(k) ∝ exp(k / (s τ)), where s is the standard deviation by which rewards are normalised.
 
 
 def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.ndarray, float]:
@@ -953,60 +1164,97 @@ def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.n
     return weights / weights.sum(), tau * dice * math.log(weights.mean()) - mean / std
 
 
-def tiny_t5(seed: int) -> T5ForConditionalGeneration:
-    """A byte-level T5 of 0.2M random parameters."""
-    torch.manual_seed(seed)
-    return T5ForConditionalGeneration(T5Config(
-        vocab_size=384, d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2, dropout_rate=0.0,
-        decoder_start_token_id=0,
-    ))  # fmt: skip
-
-
-def dice_report(run: Run, manifest: dict, final: dict, answers: dict[str, list[dict]]) -> dict:
+def dice_report(run: Run, final: dict) -> dict:
     """Print SFT, policy and optimum side by side; returns the same numbers."""
-    tau, side = run.args.tau, run.eval
-    optimum = {line["prompt"]: dice_optimum(line["prompt"], manifest["reward_mean"], manifest["reward_std"], tau) for line in answers["sft"]}  # fmt: skip
+    tau, side, statistics = (
+        run.args.tau,
+        run.eval,
+        (run.manifest["reward_mean"], run.manifest["reward_std"]),
+    )
+    files = {"sft": "generations-0.jsonl", "policy": f"generations-{run.step}.jsonl"}
+    answers = {name: read_jsonl(run.args.output_dir / file) for name, file in files.items()}
+    prompts = [line["prompt"] for line in answers["sft"]]
+    optimum = {prompt: dice_optimum(prompt, *statistics, tau) for prompt in prompts}
     results = {"tau": tau}
     for name, lines in answers.items():
-        rewards = [dice_reward(line["prompt"], text) for line in lines for text in line["completions"]]
+        rewards = [
+            dice_reward(line["prompt"], text) for line in lines for text in line["completions"]
+        ]
         valid = [reward for reward in rewards if reward is not None]
-        results[name] = {"reward": float(np.mean(valid)) if valid else None, "valid": len(valid) / len(rewards)}
-    expected = lambda pi, dice: dice * float(pi @ np.arange(1, len(pi) + 1))  # noqa: E731
-    results["optimum"] = {"reward": float(np.mean([expected(pi, parse_dice(x)[0]) for x, (pi, _) in optimum.items()]))}
-    results["fair"] = {"reward": float(np.mean([parse_dice(x)[0] * (parse_dice(x)[1] + 1) / 2 for x in optimum]))}
-    value_of = dict(zip(side.triplets["prompt"], final["values"].tolist(), strict=True))
-    errors = [value_of[prompt] - value for prompt, (_, value) in optimum.items()]
+        results[name] = {
+            "reward": float(np.mean(valid)) if valid else None,
+            "valid": len(valid) / len(rewards),
+        }
+    expected = [
+        parse_dice(x)[0] * float(pi @ np.arange(1, len(pi) + 1)) for x, (pi, _) in optimum.items()
+    ]
+    fair = [dice * (sides + 1) / 2 for dice, sides in map(parse_dice, prompts)]
+    results |= {
+        "optimum": {"reward": float(np.mean(expected))},
+        "fair": {"reward": float(np.mean(fair))},
+    }
+    value_of = dict(zip(side.triplets["prompt"], final["values"].tolist()))
+    errors = [value_of[prompt] - best_value for prompt, (_, best_value) in optimum.items()]
     results["value_rmse"] = float(np.sqrt(np.mean(np.square(errors))))
 
-    # The picture: one die that was held out. Its rolls are rows, so all probabilities are known already.
-    one_die = [prompt for prompt in optimum if parse_dice(prompt)[0] == 1]
-    if one_die:
-        shown = min(one_die, key=lambda prompt: abs(parse_dice(prompt)[1] - 6))
+    # The picture: one die that was held out. Its rolls are rows, so their probabilities are known.
+    one_die = [prompt for prompt in prompts if parse_dice(prompt)[0] == 1]
+    shown = min(one_die, key=lambda prompt: abs(parse_dice(prompt)[1] - 6), default=None)
+    if shown:
         say(f"\n{shown!r}, never trained on: the probability of each face at τ = {tau:g}")
-        rows = {y: i for i, (x, y) in enumerate(zip(side.triplets["prompt"], side.triplets["completion"], strict=True)) if x == shown}  # fmt: skip
+        pairs = zip(side.triplets["prompt"], side.triplets["completion"])
+        row_of = {face: row for row, (prompt, face) in enumerate(pairs) if prompt == shown}
         for face, best in enumerate(optimum[shown][0], start=1):
-            row = rows.get(str(face))
-            if row is None:  # --max_eval_samples left no such roll
-                continue
-            before, after = side.ref_logps[row].exp().item(), final["policy_logps"][row].exp().item()
-            for label, share in [(f"{face}  π_ref", before), ("   π_θ  ", after), ("   π*   ", best)]:
-                say(f"{label} {share:6.1%} {'█' * round(60 * share)}")
-    say(f"\nHeld-out prompts, {sum(len(line['completions']) for line in answers['sft'])} rolls each")
+            if (
+                row := row_of.get(str(face))
+            ) is not None:  # --max_eval_samples may have left no such roll
+                reference, policy = (
+                    side.ref_logps[row].exp().item(),
+                    final["policy_logps"][row].exp().item(),
+                )
+                for label, p in (
+                    (f"{face}  π_ref", reference),
+                    ("   π_θ  ", policy),
+                    ("   π*   ", best),
+                ):
+                    say(f"{label} {p:6.1%} {'█' * round(60 * p)}")
+    say(
+        f"\n{sum(len(line['completions']) for line in answers['sft'])} rolls each, on held-out prompts"
+    )
     say(f"{'':<12}{'mean reward':>12}{'valid rolls':>13}")
-    for name, label in [("fair", "fair dice"), ("sft", "SFT, π_ref"), ("policy", "DRO-V, π_θ"), ("optimum", "optimum, π*")]:
+    labels = {
+        "fair": "fair dice",
+        "sft": "SFT, π_ref",
+        "policy": "DRO-V, π_θ",
+        "optimum": "optimum, π*",
+    }
+    for name, label in labels.items():
         reward, valid = results[name]["reward"], results[name].get("valid")
-        say(f"{label:<12}{'—' if reward is None else f'{reward:.2f}':>12}{'' if valid is None else f'{valid:.1%}':>13}")
-    say(f"V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square, in normalised rewards)")
+        shown_reward = "—" if reward is None else f"{reward:.2f}"
+        say(f"{label:<12}{shown_reward:>12}{'' if valid is None else f'{valid:.1%}':>13}")
+    say(
+        f"V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square, in normalised rewards)"
+    )
     return results
 
 
 # ----------------------------------------------------------------------------------------- main
 
-RUN_FILES = ("args.json", "config.json", "model.safetensors", "checkpoint-*")  # any of them: a run is here
-OWN_FILES = RUN_FILES + (
-    ".*.tmp", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "value_model",
-    "prompt_split_manifest.json", "metrics.jsonl", "generations-*.jsonl", "results.json", "reference_logps.safetensors",
+RUN_FILES = (
+    "args.json",
+    "config.json",
+    "model.safetensors",
+    "checkpoint-*",
+)  # any of them: a run is here
+STALE_FILES = (  # what must not outlive the run that is replaced
+    *RUN_FILES, ".*.tmp", "value_model", "metrics.jsonl", "generations-*.jsonl", "results.json",
+    "reference_logps.safetensors",
 )  # fmt: skip
+
+
+def as_saved(content: dict) -> dict:
+    """`content` as it comes back from a JSON file."""
+    return json.loads(json.dumps(content, default=str))
 
 
 def check_output_dir(args: argparse.Namespace) -> Path | None:
@@ -1014,9 +1262,11 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
     folder = args.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable.tmp").touch()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write in --output_dir {folder}: {error.strerror}") from error
+    if folder.resolve() == Path(args.model_name_or_path).resolve():
+        raise UserError(f"--output_dir {folder} is the model to start from: give another folder")
     if not args.resume:
         if not args.overwrite_output_dir and any(any(folder.glob(name)) for name in RUN_FILES):
             raise UserError(
@@ -1028,52 +1278,66 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
         say(f"{folder} holds no complete checkpoint: starting afresh")
         return None
     saved = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
-    given = json.loads(json.dumps(vars(args), default=str))
-    names = [name for name in given if name not in FREE_ON_RESUME and given[name] != saved.get(name)]
+    given = as_saved(vars(args))
+    names = [
+        name for name in given if name not in FREE_ON_RESUME and given[name] != saved.get(name)
+    ]
     if names:
-        changes = ", ".join(f"--{name} was {saved.get(name)} and is {given[name]}" for name in names)
+        changes = ", ".join(
+            f"--{name} was {saved.get(name)} and is {given[name]}" for name in names
+        )
         raise UserError(f"--resume needs the interrupted run's arguments: {changes}")
     return checkpoints(folder)[-1]
 
 
-def start(args: argparse.Namespace) -> tuple[Run, dict]:
-    """Load everything, check everything, and only then touch the output folder."""
+def start(args: argparse.Namespace) -> Run:
+    """Load everything, check everything, and only then touch what the output folder holds."""
     checkpoint = check_output_dir(args)
     policy, tokenizer = load_policy(args, checkpoint or args.model_name_or_path)
     train_side, eval_side, manifest = load_sides(args, tokenizer)
     if args.overfit_one_batch:
-        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        rows = np.unique(next(stream_rows(len(train_side.rewards), batch_size, 1, 1, args.seed)))
-        train_side = Side(train_side.triplets.select(rows), train_side.rewards[rows], train_side.lengths[rows], {})
+        batch_size = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
+        )
+        rows = next(stream_rows(len(train_side.rewards), batch_size, [1], args.seed))
+        train_side = train_side.select(np.unique(rows))
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     policy.train().to("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run(args, policy, tokenizer, train_side, eval_side, step=-args.sft_steps)
+    run = Run(args, policy, tokenizer, train_side, eval_side, manifest, step=-args.sft_steps)
     folder, manifest_file = args.output_dir, args.output_dir / "prompt_split_manifest.json"
     if checkpoint:
         run.step = int(checkpoint.name.split("-", 1)[1])
-        if json.loads(manifest_file.read_text(encoding="utf-8")) != json.loads(json.dumps(manifest)):
-            raise UserError(f"the data are not those of the interrupted run: compare with {manifest_file}")
-        kept = []  # this step's evaluation, and all that was logged after it, comes again
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry["step"] < run.step or (entry["step"] == run.step and "eval_loss" not in entry):
-                kept.append(line + "\n")
-        write_text(folder / "metrics.jsonl", "".join(kept))
+        if json.loads(manifest_file.read_text(encoding="utf-8")) != as_saved(manifest):
+            raise UserError(
+                f"the data are not those of the interrupted run: compare with {manifest_file}"
+            )
         say(f"going on from {checkpoint}")
-    else:
-        for path in itertools.chain.from_iterable(folder.glob(name) for name in OWN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_json(manifest_file, manifest)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)}
-        everything = json.loads(json.dumps(vars(args), default=str))
-        write_json(folder / "args.json", {"args": everything, "versions": {"python": sys.version, **versions}})
-    return run, manifest
+    gather(None)  # all have checked; now the first may write
+    if RANK > 0:
+        return run
+    if checkpoint:  # this step's evaluation, and all that was logged after it, comes again
+        seen = lambda line: (
+            line["step"] < run.step or line["step"] == run.step and "eval_loss" not in line
+        )
+        write_jsonl(folder / "metrics.jsonl", filter(seen, read_jsonl(folder / "metrics.jsonl")))
+        return run
+    for path in itertools.chain.from_iterable(folder.glob(name) for name in STALE_FILES):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(manifest_file, manifest)
+    versions = {
+        module.__name__: module.__version__ for module in (torch, transformers, datasets, np)
+    }
+    write_json(
+        folder / "args.json", {"args": vars(args), "versions": {"python": sys.version, **versions}}
+    )
+    return run
 
 
 def export(run: Run) -> None:
     """Put the final networks where `from_pretrained(output_dir)` finds them."""
     folder, temporary = run.args.output_dir, run.args.output_dir / ".final.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     save_networks(run, temporary)
     shutil.rmtree(folder / "value_model", ignore_errors=True)
     for path in temporary.iterdir():
@@ -1081,8 +1345,8 @@ def export(run: Run) -> None:
     temporary.rmdir()
 
 
-def reproduce(run: Run, manifest: dict) -> None:
-    """SFT → π_ref → evaluation → DRO-V, evaluated on the way → results."""
+def reproduce(run: Run) -> None:
+    """SFT → π_ref → DRO-V, evaluated before, on the way and at the end → results."""
     args, folder = run.args, run.args.output_dir
     if run.step < 0:
         for _ in train(run, 0):
@@ -1094,19 +1358,19 @@ def reproduce(run: Run, manifest: dict) -> None:
             final = evaluate(run)
         if not args.overfit_one_batch and step in (0, args.max_steps):
             generate(run)
+    if RANK > 0:
+        return
     export(run)
     if args.overfit_one_batch:
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        first, *_, last = [line for line in lines if "loss" in line]
-        say(f"one batch of {len(run.train.rewards)} triplets, {args.max_steps} steps: loss {first['loss']:.4g} at the start, "
-            f"{last['loss']:.4g} at the end; residual's standard deviation {last['residual_std']:.4g}")  # fmt: skip
+        first, *_, last = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+        say(
+            f"one batch of {len(run.train.rewards)} triplets, {args.max_steps} steps: loss {first['loss']:.4g} at "
+            f"the start, {last['loss']:.4g} at the end; residual's standard deviation {last['residual_std']:.4g}"
+        )
         return
     results = {"step": run.step, "tau": args.tau, **final["metrics"], "folds": final["folds"]}
     if args.dataset_name == "dice":
-        files = {"sft": folder / "generations-0.jsonl", "policy": folder / f"generations-{run.step}.jsonl"}
-        lines = {name: path.read_text(encoding="utf-8").splitlines() for name, path in files.items()}
-        answers = {name: [json.loads(line) for line in lines[name]] for name in files}
-        results |= dice_report(run, manifest, final, answers)
+        results |= dice_report(run, final)
     write_json(folder / "results.json", results)
     say(f"the policy, its results and its answers are in {folder}")
 
@@ -1118,15 +1382,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     128 + signal when stopped; always with one line that says how to go on.
     """
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
+    if RANK > 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     args, run, handlers = parse_args(argv), None, {}
-    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag not in ("--resume", "--overwrite_output_dir")]
+    flags = sys.argv[1:] if argv is None else argv
+    flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
     go_on = f"go on with: {shlex.join(['python', 'drov.py', *flags, '--resume'])}"
+    stop_signals.clear()
     try:
-        run, manifest = start(args)
-        stop_signals.clear()
-        handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-        reproduce(run, manifest)
+        run = start(args)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handlers[signum] = signal.signal(signum, request_stop)
+        reproduce(run)
     except UserError as error:
         fail(error)
     except Stopped:
