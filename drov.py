@@ -36,6 +36,7 @@ Read from top to bottom: arguments, data, models, losses, the loop, evaluation, 
 
 import argparse
 import copy
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -50,7 +51,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -212,7 +213,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--micro_batch_tokens",
         None,
-        f"{budget} (default: 512 on a CPU, by memory on a GPU)",
+        f"{budget} (default: 1024 on a CPU, by memory on a GPU)",
         type=size,
     )
     add("--sft_steps", 0, "steps of maximum likelihood before π_ref is fixed", type=count)
@@ -243,7 +244,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if args.micro_batch_tokens is None:
-        args.micro_batch_tokens = 512
+        args.micro_batch_tokens = 1024
     if args.overfit_one_batch:
         args.max_steps, args.warmup_steps, args.logging_steps = args.overfit_steps, 0, 1
     if args.temperature == 0 and args.num_return_sequences > 1:
@@ -257,7 +258,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # each works on its share of a step's rows (`micro_batches`), and they meet where a gradient, a number
 # to log, a score or an answer belongs to all. In a single process, this section does nothing.
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = (
+    int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"))
+)
 
 
 def gather(item: Any) -> list:
@@ -339,8 +342,9 @@ def read_rows(args: argparse.Namespace) -> datasets.Dataset:
                 name, split=args.dataset_split, revision=args.dataset_revision
             )
         (builder,) = builders
-        # CSV has no types: without these, a completion "416" becomes a number and "NA" nothing at all.
-        options = {"keep_default_na": False, "dtype": str} if builder == "csv" else {}
+        # CSV has no types: a completion "007" would become a number, and "NA" nothing at all.
+        texts = {"keep_default_na": False, "converters": {"prompt": str, "completion": str}}
+        options = texts if builder == "csv" else {}
         paths = [str(file) for file in files]
         return datasets.load_dataset(builder, data_files=paths, split="train", **options)
     except ConnectionError as error:
@@ -572,16 +576,17 @@ def stream_rows(
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Cut this process's share of `rows` into groups of like length.
 
-    A group has at most `max_tokens` when padded, or is a single row. The shares are every
-    WORLD_SIZE-th row in order of length, so that all processes have the same work.
+    A group has at most `max_tokens`, no more than a tenth of `max_tokens` of them padding, or is a
+    single row. The shares are every WORLD_SIZE-th row by length, so that processes have equal work.
     """
     order = np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]  # by completion, then by prompt
-    groups: list[list[int]] = []
+    groups, longest, tokens = [], np.zeros(2, dtype=np.int64), 0
     for row in rows[order][RANK::WORLD_SIZE]:
-        longest = np.maximum(longest, lengths[row]) if groups else lengths[row]
-        if not groups or (len(groups[-1]) + 1) * longest.sum() > max_tokens:
+        longest, tokens = np.maximum(longest, lengths[row]), tokens + lengths[row].sum()
+        padded = (len(groups[-1]) + 1) * longest.sum() if groups else math.inf
+        if padded > max_tokens or padded - tokens > max_tokens / 10:
             groups.append([])
-            longest = lengths[row]
+            longest, tokens = lengths[row], lengths[row].sum()
         groups[-1].append(row)
     return [np.array(group) for group in groups]
 
@@ -1011,7 +1016,7 @@ def train(run: Run, last: int) -> Iterator[int]:
             )
             bar.set_postfix(loss=metrics.get("sft_loss", metrics.get("loss")))
             window.clear()
-            if WORLD_SIZE > 1 and any(stops := sum(gather(stop_signals), [])):
+            if WORLD_SIZE > 1 and any(stops := [*itertools.chain(*gather(stop_signals))]):
                 stop_signals[:] = stops
                 raise Stopped
         if run.step % args.save_steps == 0 or run.step == last:
@@ -1302,7 +1307,7 @@ def start(args: argparse.Namespace) -> Run:
         rows = next(stream_rows(len(train_side.rewards), batch_size, [1], args.seed))
         train_side = train_side.select(np.unique(rows))
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        policy.activation_checkpointing_enable()
     policy.train().to("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(args, policy, tokenizer, train_side, eval_side, manifest, step=-args.sft_steps)
     folder, manifest_file = args.output_dir, args.output_dir / "prompt_split_manifest.json"
@@ -1375,6 +1380,18 @@ def reproduce(run: Run) -> None:
     say(f"the policy, its results and its answers are in {folder}")
 
 
+def keep_freed_memory() -> None:
+    """On a CPU with glibc, let tensors reuse what others freed.
+
+    By default glibc returns blocks of over 32 MB, such as logits, to the system, which hands them out
+    again page by page and cleared: a seventh of a training step (README, "Speed").
+    """
+    with suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The whole program; `argv` as on the command line.
 
@@ -1386,6 +1403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     huggingface_hub.logging.set_verbosity_error()
     if RANK > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    keep_freed_memory()
     args, run, handlers = parse_args(argv), None, {}
     flags = sys.argv[1:] if argv is None else argv
     flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
