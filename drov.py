@@ -28,10 +28,11 @@ Runs to paste:
     python drov.py --dice --overfit_one_batch                        # can it fit one batch at all?
     python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
     python drov.py --split_mode prompt_fold --eval_fold_index all    # train once, answer all folds
-    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # {"prompt", "completion", "reward"}
+    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
     torchrun --nproc_per_node 4 drov.py --per_device_train_batch_size 8      # the same, on 4 GPUs
 
-Read from top to bottom: arguments, data, models, losses, the loop, evaluation, dice, main.
+Read from top to bottom: processes, arguments, data, models, losses, the loop, evaluation, dice,
+comparison, main.
 """
 
 import argparse
@@ -79,6 +80,41 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+# ------------------------------------------------------------------------------------ processes
+
+# `torchrun` starts several copies of this program. All hold the same networks and see the same
+# rows; each works on its share of a step's rows (`micro_batches`), and they meet where a gradient, a
+# number to log, a score or an answer belongs to all. Alone, a process does nothing here.
+
+RANK, WORLD_SIZE = (
+    int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"))
+)
+
+
+def gather(item: Any) -> list:
+    """Every process's `item`, in order of rank; all processes wait here for the slowest."""
+    items = [item] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the processes' gradients, once a step. A process without rows adds zeros."""
+    if WORLD_SIZE > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+            pending.wait()
+
+
+def say(message: str) -> None:
+    """Print a line, once, without tearing the progress bar."""
+    if RANK == 0:
+        tqdm.write(message)
+
+
 # ------------------------------------------------------------------------------------ arguments
 
 DEFAULT_MODEL = "google/flan-t5-large"
@@ -90,8 +126,8 @@ PINNED_REVISIONS = {
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
 
-# What --dice changes. The value learns ten times faster than the policy: at equal rates and a small
-# τ the policy chases a wrong V first, and mass leaks to strings that are no rolls (README, detail 8).
+# What --dice changes. The value learns ten times faster than the policy: at equal rates and a
+# small τ the policy chases a wrong V, and mass leaks to strings that are no rolls (README, detail 8).
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
     "sft_steps": 500, "sft_learning_rate": 0.1, "max_steps": 300, "warmup_steps": 0,
@@ -102,7 +138,11 @@ DICE = {
 
 # Arguments that say where a run is kept or how a batch is cut, and change nothing that is learnt.
 FREE_ON_RESUME = {"output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit"}
-FREE_ON_RESUME |= {"micro_batch_tokens"}
+FREE_ON_RESUME |= {
+    "micro_batch_tokens",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 class UserError(ValueError):
@@ -121,11 +161,8 @@ def number(kind: type, minimum: float, *, above: bool = False, maximum: float = 
     def parse(text: str) -> float:
         try:
             value = kind(text)
-            if (
-                math.isfinite(value)
-                and minimum <= value <= maximum
-                and not (above and value == minimum)
-            ):
+            inside = minimum < value if above else minimum <= value
+            if inside and math.isfinite(value) and value <= maximum:
                 return value
         except ValueError:
             pass
@@ -137,7 +174,7 @@ def number(kind: type, minimum: float, *, above: bool = False, maximum: float = 
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags to Namespace; the defaults are the paper's T5-L run. Exits with code 2 on a bad flag."""
+    """Flags to Namespace; the defaults are the paper's T5-L run. Exits with 2 on a bad flag."""
     parser = argparse.ArgumentParser(
         "drov.py", description=__doc__.split("\n")[0], allow_abbrev=False
     )
@@ -243,6 +280,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # A step's rows depend on their number alone, however many processes share them.
+    args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.train_batch_size *= WORLD_SIZE
     if args.micro_batch_tokens is None:
         args.micro_batch_tokens = 1024
     if args.overfit_one_batch:
@@ -250,41 +290,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.temperature == 0 and args.num_return_sequences > 1:
         fail("--temperature 0 gives one answer: raise it, or leave --num_return_sequences at 1")
     return args
-
-
-# ------------------------------------------------------------------------------------ processes
-
-# `torchrun` starts several copies of this program. All hold the same networks and see the same rows;
-# each works on its share of a step's rows (`micro_batches`), and they meet where a gradient, a number
-# to log, a score or an answer belongs to all. In a single process, this section does nothing.
-
-RANK, WORLD_SIZE = (
-    int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"))
-)
-
-
-def gather(item: Any) -> list:
-    """Every process's `item`, in order of rank; all processes wait here for the slowest."""
-    items = [item] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(items, item)
-    return items
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the processes' gradients, once a step. A process without rows adds zeros."""
-    if WORLD_SIZE > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-            pending.wait()
-
-
-def say(message: str) -> None:
-    """Print a line, once, without tearing the progress bar."""
-    if RANK == 0:
-        tqdm.write(message)
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -338,9 +343,8 @@ def read_rows(args: argparse.Namespace) -> datasets.Dataset:
         raise UserError(f"--dataset_name {name} does not exist")
     try:
         if not path.exists():
-            return datasets.load_dataset(
-                name, split=args.dataset_split, revision=args.dataset_revision
-            )
+            revision = args.dataset_revision
+            return datasets.load_dataset(name, split=args.dataset_split, revision=revision)
         (builder,) = builders
         # CSV has no types: a completion "007" would become a number, and "NA" nothing at all.
         texts = {"keep_default_na": False, "converters": {"prompt": str, "completion": str}}
@@ -511,37 +515,33 @@ def load_sides(
         "reward_key": args.reward_key,
         "held_out": {str(fold): [sha256(p)[:16] for p in folds[fold]] for fold in folds},
     }
-    tables = {
-        "train": (set(train), args.max_train_samples),
-        "eval": (set(held_out), args.max_eval_samples),
-    }
-    for side, (chosen, most) in tables.items():
-        keep = functools.partial(lambda prompt, chosen: prompt in chosen, chosen=chosen)
-        table = triplets.filter(keep, input_columns="prompt", desc=f"Splitting off {side}")
-        tables[side] = table = table.select(range(min(most or len(table), len(table))))
+    prompts_of = {"train": set(train), "eval": set(held_out)}
+    most = {"train": args.max_train_samples, "eval": args.max_eval_samples}
+    tables = {}
+    for side, prompts in prompts_of.items():
+        rows = [row for row, prompt in enumerate(triplets["prompt"]) if prompt in prompts]
+        tables[side] = table = triplets.select(rows[: most[side]])
         kept = sorted(set(table["prompt"]))
         manifest[f"{side}_rows"], manifest[f"{side}_prompts"] = len(table), len(kept)
         manifest[f"{side}_prompts_sha256"] = sha256(*kept)
-    # The paper's "mean 0 and variance 1 across the dataset", from the training side alone: statistics
-    # that include the held-out rewards would leak them.
+    # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
+    # statistics that include the held-out rewards would leak them.
     rewards = np.array(tables["train"]["reward"])
     mean, std = float(rewards.mean()), float(rewards.std())
     if std == 0:
         raise UserError(
-            f"all {len(rewards)} training rewards are {mean}: nothing can be learnt from them"
+            f"all {len(rewards)} training rewards are {mean}: there is nothing to learn"
         )
     manifest["reward_mean"], manifest["reward_std"] = mean, std
 
     def tokenize(batch: dict) -> dict:
-        # Not the tokenizer's own truncation: it appends EOS after the cut, which would teach the policy
-        # to stop in mid-sentence. A long prompt keeps its end, EOS included; a long completion loses it.
-        prompts, completions = (
-            tokenizer(batch["prompt"]).input_ids,
-            tokenizer(batch["completion"]).input_ids,
-        )
+        # Not the tokenizer's own truncation: it appends EOS after the cut, which would teach the
+        # policy to stop in mid-sentence. A long prompt keeps its end, EOS included; a long
+        # completion loses it.
+        x, y = tokenizer(batch["prompt"]).input_ids, tokenizer(batch["completion"]).input_ids
         return {
-            "input_ids": [ids[-args.max_prompt_length :] for ids in prompts],
-            "labels": [ids[: args.max_completion_length] for ids in completions],
+            "input_ids": [ids[-args.max_prompt_length :] for ids in x],
+            "labels": [ids[: args.max_completion_length] for ids in y],
         }
 
     sides = []
@@ -554,10 +554,8 @@ def load_sides(
     return *sides, manifest
 
 
-def stream_rows(
-    num_rows: int, batch_size: int, steps: Iterable[int], seed: int
-) -> Iterator[np.ndarray]:
-    """The (batch_size,) row numbers of each step, counted from 1: one endless chain of permutations.
+def stream_rows(num_rows: int, batch_size: int, steps: Iterable[int], seed: int) -> Iterator:
+    """The (batch_size,) rows of each step, counted from 1: an endless chain of permutations.
 
     Batches cross the end of an epoch; a step's rows depend on its number and these arguments alone.
     """
@@ -631,24 +629,25 @@ def load_policy(
     except UserError:
         raise
     except Exception as error:  # missing, damaged, unreachable: as many types as causes
-        hint = "--model_name_or_path takes a hub name or a folder with a T5; without network, try --dice"
+        hint = "give a hub name or a folder with a T5; without network, try --dice"
         raise UserError(f"cannot load the model {source} ({str(error)[:200]}): {hint}") from error
 
 
 def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """log π(y|x) = Σ_t log π(y_t | y_<t, x), over the completion's tokens, its EOS included.
 
-    `batch`: `input_ids`, `attention_mask` (B, S); `labels` (B, T), −100 on padding. Returns (B,) float32.
+    `batch`: `input_ids`, `attention_mask` (B, S); `labels` (B, T), −100 on padding. Returns (B,)
+    float32, whatever the autocast.
     """
     labels = batch["labels"]
-    # Found where the labels are, which `Run.batch` leaves on the CPU: asking a GPU would wait for it.
+    # Found where the labels are: `Run.batch` leaves them on the CPU, as asking a GPU means waiting.
     row, position = (labels != -100).nonzero(as_tuple=True)  # of the N real tokens
     decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
     tensors = (row, position, labels[row, position], decoder_input_ids)
     row, position, targets, decoder_input_ids = (
         t.to(model.device, non_blocking=True) for t in tensors
     )
-    # The product with the vocabulary is the largest of all: padding is dropped before it, not after.
+    # The product with the vocabulary is the largest of all: padding is dropped before it.
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][row, position],))
     try:
@@ -667,10 +666,10 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 class ValueModel(nn.Module):
     """V_φ(x), the value of a prompt in normalised rewards: encoder, mean over tokens, linear head.
 
-    The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value model is
-    then half the policy's size. The head is the difference of two that start equal: V starts at 0, the
-    mean reward, and yet can move under Adafactor, which moves a parameter in proportion to its own size.
-    (A random V starts off by about 1, and the policy, in making up for it, leaks mass: README, detail 8.)
+    The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value model
+    is then half the policy's size. The head is the difference of two that start equal: V starts at 0,
+    the mean reward, and yet moves under Adafactor, which moves a parameter in proportion to its own
+    size. (A V that starts elsewhere lures the policy into making up for it: README, detail 9.)
     """
 
     def __init__(self, encoder: PreTrainedModel):
@@ -697,15 +696,15 @@ def dro_v_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DRO-V's two losses and the residual they share; everything (B,).
 
-    The means over B of the losses have as gradients Eq. 8 / τ (in `policy_logps`; none in `values`) and
-    Eq. 7 (in `values`; none in `policy_logps`), over B. Eq. 4 is ½ mean(residual²).
+    The means over B of the losses have as gradients Eq. 8 / τ (in `policy_logps`; none in `values`)
+    and Eq. 7 (in `values`; none in `policy_logps`), over B. Eq. 4 is ½ mean(residual²).
     """
     log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
     residual = rewards - values - tau * log_ratio  # δ, zero at (π*, V*): Eq. 3
     # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V. The policy is held fixed.
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
-    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ. Algorithm 1
-    # prints the square's factor as ½ instead of τ/2, which has another fixed point unless τ = 1.
+    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ.
+    # Algorithm 1 prints ½ instead of τ/2, which has another fixed point unless τ = 1.
     policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
     return policy_loss, value_loss, residual
 
@@ -753,21 +752,17 @@ class Run:
     step: int
     value_model: ValueModel | None = None  # from step 0 on
     optimizer: torch.optim.Optimizer | None = None
-    window: dict[str, list] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # since the last log line
+    # What was recorded since the last log line, under each name.
+    window: dict[str, list] = field(default_factory=lambda: defaultdict(list))
 
     def batch(self, side: Side, rows: np.ndarray) -> dict[str, Tensor]:
         """Some rows, padded: `input_ids`, `attention_mask` on the device, `labels` on the CPU."""
         table = side.triplets[rows]
-        examples = [
-            {"input_ids": x, "labels": y} for x, y in zip(table["input_ids"], table["labels"])
-        ]
+        pairs = zip(table["input_ids"], table["labels"])
+        examples = [{"input_ids": x, "labels": y} for x, y in pairs]
         batch = dict(DataCollatorForSeq2Seq(self.tokenizer)(examples))
         for name in ("input_ids", "attention_mask"):
-            if (
-                self.policy.device.type == "cuda"
-            ):  # pinned, the copy overlaps with what the GPU does
+            if self.policy.device.type == "cuda":  # pinned, so that the copy overlaps with work
                 batch[name] = batch[name].pin_memory()
             batch[name] = batch[name].to(self.policy.device, non_blocking=True)
         return batch
@@ -784,7 +779,7 @@ def pool(window: dict[str, list]) -> dict[str, Tensor]:
 
 
 def check_finite(run: Run, pooled: dict[str, Tensor]) -> None:
-    """Raises FloatingPointError if a loss or gradient since the last log line is NaN or infinite."""
+    """Raises FloatingPointError if a loss or gradient since the last log line is not finite."""
     checked = ("nll", "residual", "grad_norm", "value_grad_norm")
     bad = [name for name in checked if name in pooled and not pooled[name].isfinite().all()]
     if bad:
@@ -793,8 +788,8 @@ def check_finite(run: Run, pooled: dict[str, Tensor]) -> None:
         prompts = run.train.triplets[pooled["row"][:3].numpy()]["prompt"]
         shown = "; ".join(repr(prompt[:80]) for prompt in prompts)
         raise FloatingPointError(
-            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of it was "
-            "saved; try a lower --learning_rate or --max_grad_norm 1"
+            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of it "
+            "was saved; try a lower --learning_rate or --max_grad_norm 1"
         )
 
 
@@ -808,9 +803,7 @@ def summarise(pooled: dict[str, Tensor], tau: float) -> dict[str, float | None]:
         metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
         metrics["residual_mean"] = residual.mean()
         metrics["residual_std"] = residual.std(correction=0)
-        metrics["value_explained_variance"] = 1 - residual.var(correction=0) / target.var(
-            correction=0
-        )
+        metrics["value_explained_variance"] = 1 - residual.var() / target.var()
         metrics["log_ratio_mean"] = log_ratio.mean()
         metrics["reward_mean"] = reward.mean()
     if "nll" in pooled:
@@ -827,8 +820,8 @@ def summarise(pooled: dict[str, Tensor], tau: float) -> dict[str, float | None]:
 # What of a line of metrics.jsonl is also printed, and under which name.
 SHOWN = {
     "sft_loss": "loss", "loss": "loss", "residual_mean": "residual mean", "residual_std": "std",
-    "value_explained_variance": "V explains", "log_ratio_mean": "log π/π_ref", "step_seconds": "s/step",
-    "tokens_per_second": "tokens/s", "reference_seconds": "seconds for π_ref",
+    "value_explained_variance": "V explains", "log_ratio_mean": "log π/π_ref",
+    "step_seconds": "s/step", "tokens_per_second": "tokens/s", "reference_seconds": "seconds for π_ref",
 }  # fmt: skip
 
 
@@ -845,7 +838,7 @@ def log(run: Run, metrics: dict[str, float | None]) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A name to write a file or folder under; it becomes `path` once written whole, and not before."""
+    """A name to write a file or folder under; it becomes `path` once written whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left a folder
     yield temporary
@@ -891,9 +884,7 @@ def save_checkpoint(run: Run) -> None:
     check_finite(run, window)
     networks = [run.policy, run.value_model] if run.value_model else [run.policy]
     if not all(p.isfinite().all() for network in networks for p in network.parameters()):
-        raise FloatingPointError(
-            f"weights not finite after step {run.step}: no checkpoint is written of them"
-        )
+        raise FloatingPointError(f"weights not finite after step {run.step}: they are not saved")
     folder = run.args.output_dir / f"checkpoint-{run.step}"
     if RANK > 0 or folder.exists():
         return
@@ -903,60 +894,51 @@ def save_checkpoint(run: Run) -> None:
         torch.save({"optimizer": optimizer, "window": window}, temporary / "training_state.pt")
     if run.args.save_total_limit:
         for old in checkpoints(run.args.output_dir)[: -run.args.save_total_limit]:
-            shutil.rmtree(
-                old.rename(old.with_name(f".{old.name}.tmp"))
-            )  # half deleted is not complete
+            half_deleted = old.rename(old.with_name(f".{old.name}.tmp"))  # is not complete
+            shutil.rmtree(half_deleted)
 
 
 def make_optimizer(run: Run, sft: bool) -> Callable[[int], float]:
-    """Set run.optimizer; returns the schedule: the factor on the learning rates at a step, from 1."""
+    """Set run.optimizer; returns the schedule: a factor on the learning rates, by step, from 1."""
     args, steps = run.args, run.args.sft_steps if sft else run.args.max_steps
     policy = list(run.policy.parameters())
     if sft:
         groups = [{"params": policy, "lr": args.sft_learning_rate}]
     else:
-        # 1/τ on the gradient, as in dro_v_loss, all but cancels in Adafactor and Adam, which divide by the
-        # gradient's own size. The paper may have meant the update: --rescale_policy_lr does that, too.
+        # 1/τ on the gradient, as in dro_v_loss, all but cancels in Adafactor and Adam, which divide
+        # by the gradient's own size. The paper may have meant the update: so --rescale_policy_lr.
         policy_lr = args.learning_rate / args.tau if args.rescale_policy_lr else args.learning_rate
-        known = set(policy)  # with a shared backbone, what is left to the value's group is its head
+        known = set(policy)  # with a shared backbone, only the head is left to the value's group
         value = [parameter for parameter in run.value_model.parameters() if parameter not in known]
-        groups = [
-            {"params": policy, "lr": policy_lr},
-            {"params": value, "lr": args.value_learning_rate},
-        ]
+        rates = ((policy, policy_lr), (value, args.value_learning_rate))
+        groups = [{"params": parameters, "lr": rate} for parameters, rate in rates]
     if args.optim == "adafactor":
-        # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is on the
-        # gradient's scale; torch's default would make the updates of small gradients depend on their size.
+        # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is
+        # on the gradient's scale; torch's own would let the size of small gradients matter.
         run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
     else:
         run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     # The + 1 and counting from 1: neither the first step nor the last has a learning rate of 0.
-    schedule = transformers.get_scheduler(
-        args.lr_scheduler_type, run.optimizer, args.warmup_steps, steps + 1
-    )
-    return schedule.lr_lambdas[0]
+    schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, steps + 1)
+    return transformers.get_scheduler(*schedule).lr_lambdas[0]
 
 
 def train(run: Run, last: int) -> Iterator[int]:
-    """The loop, from run.step to `last`: SFT up to step 0, DRO-V after it. Yields each finished step."""
+    """The loop, from run.step to `last`: SFT up to step 0, DRO-V after it. Yields each step."""
     args, side, sft = run.args, run.train, run.step < 0
     begun = -args.sft_steps if sft else 0  # the step at which this optimiser's life began
     schedule = make_optimizer(run, sft)
     if run.step > begun:  # resumed
-        state = torch.load(
-            args.output_dir / f"checkpoint-{run.step}" / "training_state.pt", weights_only=True
-        )
+        file = args.output_dir / f"checkpoint-{run.step}" / "training_state.pt"
+        state = torch.load(file, weights_only=True)
         run.optimizer.load_state_dict(state["optimizer"])
         run.window.update((name, [values]) for name, values in state["window"].items() if RANK == 0)
     groups = run.optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
-    shared = args.share_policy_and_value_backbone
-    networks = (
-        [parameters] if shared else [group["params"] for group in groups]
-    )  # each clipped by itself
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
-    steps = range(run.step + 1, last + 1)
-    stream = stream_rows(len(side.rewards), batch_size, (step - begun for step in steps), args.seed)
+    shared = args.share_policy_and_value_backbone  # networks are clipped each by itself
+    networks = [parameters] if shared else [group["params"] for group in groups]
+    steps = range(run.step + 1 - begun, last + 1 - begun)
+    stream = stream_rows(len(side.rewards), args.train_batch_size, steps, args.seed)
     bar = progress(stream, "SFT" if sft else "DRO-V", total=last - begun, initial=run.step - begun)
     for rows in bar:
         started, window = time.perf_counter(), run.window
@@ -970,25 +952,18 @@ def train(run: Run, last: int) -> Iterator[int]:
                     record = {"nll": row_loss, "completion_tokens": side.lengths[micro, 1]}
                 else:
                     values = run.value_model(batch["input_ids"], batch["attention_mask"])
-                    ref_logps, rewards = (
-                        t[micro].to(values.device) for t in (side.ref_logps, side.rewards)
-                    )
+                    logps = policy_logps, side.ref_logps[micro].to(values.device)
+                    rewards = side.rewards[micro].to(values.device)
                     policy_loss, value_loss, residual = dro_v_loss(
-                        policy_logps, ref_logps, values, rewards, args.tau
+                        *logps, values, rewards, args.tau
                     )
                     row_loss = policy_loss + value_loss
-                    record = {
-                        "residual": residual,
-                        "log_ratio": policy_logps - ref_logps,
-                        "reward": rewards,
-                    }
-            (
-                row_loss.sum() / divisor
-            ).backward()  # over the whole batch: cutting it changes no gradient
-            record |= {
-                "row": micro,
-                "padded_tokens": batch["input_ids"].numel() + batch["labels"].numel(),
-            }
+                    log_ratio = logps[0] - logps[1]
+                    record = {"residual": residual, "log_ratio": log_ratio, "reward": rewards}
+            # The divisor is the whole batch's: cutting the batch changes no gradient.
+            (row_loss.sum() / divisor).backward()
+            padded_tokens = batch["input_ids"].numel() + batch["labels"].numel()
+            record |= {"row": micro, "padded_tokens": padded_tokens}
             for name, value in record.items():
                 window[name].append(value.detach() if isinstance(value, Tensor) else value)
         sum_gradients(parameters)
@@ -1011,9 +986,8 @@ def train(run: Run, last: int) -> Iterator[int]:
             pooled = pool(window)
             check_finite(run, pooled)
             metrics = summarise(pooled, args.tau)
-            log(
-                run, {**metrics, **dict(zip(("lr", "value_lr"), (group["lr"] for group in groups)))}
-            )
+            metrics |= {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)}
+            log(run, metrics)
             bar.set_postfix(loss=metrics.get("sft_loss", metrics.get("loss")))
             window.clear()
             if WORLD_SIZE > 1 and any(stops := [*itertools.chain(*gather(stop_signals))]):
@@ -1028,10 +1002,11 @@ def train(run: Run, last: int) -> Iterator[int]:
 
 
 @torch.no_grad()
-def score(
-    run: Run, side: Side, rows: np.ndarray, function: Callable[[dict], Tensor], desc: str
-) -> Tensor:
-    """`function` (a batch of b rows → (b, …)) on `rows`, in length order. Returns (N, …), NaN elsewhere."""
+def score(run: Run, side: Side, rows: np.ndarray, function: Callable, desc: str) -> Tensor:
+    """`function` (a batch of b rows → (b, …)) on `rows`, in length order. Returns (N, …).
+
+    Rows that are not among `rows` get NaN.
+    """
     part = [(np.empty(0, dtype=np.int64), torch.empty(0))]
     for micro in progress(micro_batches(rows, side.lengths, run.args.micro_batch_tokens), desc):
         with run.autocast():
@@ -1052,13 +1027,10 @@ def fix_reference(run: Run) -> None:
     known = gather(file.exists())[0]
     if not known:
         save_checkpoint(run)  # checkpoint-0 is π_ref
-        batch_size = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
-        )
-        total = len(run.train.rewards)
+        total, size = len(run.train.rewards), args.train_batch_size
         visited = np.arange(total)
-        if args.max_steps * batch_size < total:  # score no row that is not going to be used
-            steps = stream_rows(total, batch_size, range(1, args.max_steps + 1), args.seed)
+        if args.max_steps * size < total:  # score no row that is not going to be used
+            steps = stream_rows(total, size, range(1, args.max_steps + 1), args.seed)
             visited = np.concatenate([visited[:0], *steps])
         started = time.perf_counter()
         log_prob = functools.partial(sequence_logps, run.policy)
@@ -1075,19 +1047,15 @@ def fix_reference(run: Run) -> None:
     run.train.ref_logps, run.eval.ref_logps = logps["train"], logps.get("eval")
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
     encoder = run.policy.get_encoder()
-    run.value_model = ValueModel(
-        encoder if args.share_policy_and_value_backbone else copy.deepcopy(encoder)
-    )
-    run.value_model.to(run.policy.device)
+    encoder = encoder if args.share_policy_and_value_backbone else copy.deepcopy(encoder)
+    run.value_model = ValueModel(encoder).to(run.policy.device)
     if run.step > 0:  # resumed
-        load_model(
-            run.value_model,
-            args.output_dir / f"checkpoint-{run.step}/value_model/model.safetensors",
-        )
+        folder = args.output_dir / f"checkpoint-{run.step}" / "value_model"
+        load_model(run.value_model, folder / "model.safetensors")
 
 
 def evaluate(run: Run) -> dict:
-    """Held-out metrics, logged as eval_…; returns them, those of each fold, and the rows' numbers (N,)."""
+    """Log the held-out metrics as eval_…; returns them, each fold's, and log π and V (N,)."""
     side = run.eval
 
     def both(batch: dict[str, Tensor]) -> Tensor:
@@ -1097,11 +1065,8 @@ def evaluate(run: Run) -> dict:
     scores = score(run, side, np.arange(len(side.rewards)), both, "π and V on held-out rows")
     policy_logps, values = scores.unbind(-1)
     _, _, residual = dro_v_loss(policy_logps, side.ref_logps, values, side.rewards, run.args.tau)
-    numbers = {
-        "residual": residual,
-        "log_ratio": policy_logps - side.ref_logps,
-        "reward": side.rewards,
-    }
+    log_ratio = policy_logps - side.ref_logps
+    numbers = {"residual": residual, "log_ratio": log_ratio, "reward": side.rewards}
     metrics = {f"eval_{name}": value for name, value in summarise(numbers, run.args.tau).items()}
     log(run, metrics)
     row_folds = np.array([side.fold_of[prompt] for prompt in side.triplets["prompt"]])
@@ -1120,19 +1085,13 @@ def generate(run: Run) -> None:
     The samples of a batch are seeded by its prompts: they depend on no other batch and on no step.
     """
     args, side = run.args, run.eval
-    row_of = {prompt: row for row, prompt in reversed(list(enumerate(side.triplets["prompt"])))}
-    prompts = [
-        prompt for prompt in side.fold_of if prompt in row_of
-    ]  # --max_eval_samples may cut some
-    prompts.sort(key=lambda prompt: -side.lengths[row_of[prompt], 0])
+    row_of = {prompt: row for row, prompt in enumerate(side.triplets["prompt"])}  # any row will do
+    by_length = lambda prompt: -side.lengths[row_of[prompt], 0]
+    prompts = sorted(row_of, key=by_length)
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature > 0:
-        sampling |= {
-            "do_sample": True,
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": 0,
-        }
+        sampling |= {"do_sample": True, "temperature": args.temperature}
+        sampling |= {"top_p": args.top_p, "top_k": 0}  # top_k would be 50
     size, each = args.per_device_eval_batch_size, args.num_return_sequences
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     answers = {}
@@ -1147,11 +1106,10 @@ def generate(run: Run) -> None:
         answers |= {prompt: texts[i * each : (i + 1) * each] for i, prompt in enumerate(batch)}
     run.policy.train()
     answers = functools.reduce(dict.__or__, gather(answers))
-    lines = (
-        {"prompt": p, "fold": side.fold_of[p], "completions": answers[p]}
-        for p in side.fold_of
-        if p in answers
-    )
+    lines = []
+    for prompt, fold in side.fold_of.items():
+        if prompt in answers:  # not cut by --max_eval_samples
+            lines.append({"prompt": prompt, "fold": fold, "completions": answers[prompt]})
     if RANK == 0:
         write_jsonl(args.output_dir / f"generations-{run.step}.jsonl", lines)
 
@@ -1159,7 +1117,7 @@ def generate(run: Run) -> None:
 # ----------------------------------------------------------------------------------------- dice
 
 # The data are fair rolls, so π_ref is, and Eq. 2 gives the optimum exactly: each die loaded by the
-# same amount, π*(k) ∝ exp(k / (s τ)), where s is the standard deviation by which rewards are normalised.
+# same amount, π*(k) ∝ exp(k / (s τ)), where s is the standard deviation that normalises rewards.
 
 
 def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.ndarray, float]:
@@ -1171,75 +1129,51 @@ def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.n
 
 def dice_report(run: Run, final: dict) -> dict:
     """Print SFT, policy and optimum side by side; returns the same numbers."""
-    tau, side, statistics = (
-        run.args.tau,
-        run.eval,
-        (run.manifest["reward_mean"], run.manifest["reward_std"]),
-    )
-    files = {"sft": "generations-0.jsonl", "policy": f"generations-{run.step}.jsonl"}
-    answers = {name: read_jsonl(run.args.output_dir / file) for name, file in files.items()}
-    prompts = [line["prompt"] for line in answers["sft"]]
-    optimum = {prompt: dice_optimum(prompt, *statistics, tau) for prompt in prompts}
+    tau, side, folder = run.args.tau, run.eval, run.args.output_dir
+    statistics = run.manifest["reward_mean"], run.manifest["reward_std"]
+    sft = read_jsonl(folder / "generations-0.jsonl")
+    policy = read_jsonl(folder / f"generations-{run.step}.jsonl")
+    optimum = {line["prompt"]: dice_optimum(line["prompt"], *statistics, tau) for line in sft}
     results = {"tau": tau}
-    for name, lines in answers.items():
-        rewards = [
-            dice_reward(line["prompt"], text) for line in lines for text in line["completions"]
-        ]
-        valid = [reward for reward in rewards if reward is not None]
-        results[name] = {
-            "reward": float(np.mean(valid)) if valid else None,
-            "valid": len(valid) / len(rewards),
-        }
-    expected = [
-        parse_dice(x)[0] * float(pi @ np.arange(1, len(pi) + 1)) for x, (pi, _) in optimum.items()
-    ]
-    fair = [dice * (sides + 1) / 2 for dice, sides in map(parse_dice, prompts)]
-    results |= {
-        "optimum": {"reward": float(np.mean(expected))},
-        "fair": {"reward": float(np.mean(fair))},
-    }
+    for name, lines in (("sft", sft), ("policy", policy)):
+        rolls = [(line["prompt"], text) for line in lines for text in line["completions"]]
+        rewards = [reward for roll in rolls if (reward := dice_reward(*roll)) is not None]
+        mean = float(np.mean(rewards)) if rewards else math.nan
+        results[name] = {"reward": mean, "valid": len(rewards) / len(rolls)}
+    mean_roll = lambda pi: float(pi @ np.arange(1, len(pi) + 1))
+    for name, face in (
+        ("optimum", lambda pi: pi),
+        ("fair", lambda pi: np.full(len(pi), 1 / len(pi))),
+    ):
+        means = [parse_dice(prompt)[0] * mean_roll(face(pi)) for prompt, (pi, _) in optimum.items()]
+        results[name] = {"reward": float(np.mean(means))}
     value_of = dict(zip(side.triplets["prompt"], final["values"].tolist()))
-    errors = [value_of[prompt] - best_value for prompt, (_, best_value) in optimum.items()]
+    errors = [value_of[prompt] - best for prompt, (_, best) in optimum.items()]
     results["value_rmse"] = float(np.sqrt(np.mean(np.square(errors))))
 
     # The picture: one die that was held out. Its rolls are rows, so their probabilities are known.
-    one_die = [prompt for prompt in prompts if parse_dice(prompt)[0] == 1]
+    one_die = [prompt for prompt in optimum if parse_dice(prompt)[0] == 1]
     shown = min(one_die, key=lambda prompt: abs(parse_dice(prompt)[1] - 6), default=None)
-    if shown:
+    rolls = zip(side.triplets["prompt"], side.triplets["completion"])
+    row_of = {face: row for row, (prompt, face) in enumerate(rolls) if prompt == shown}
+    if row_of:
         say(f"\n{shown!r}, never trained on: the probability of each face at τ = {tau:g}")
-        pairs = zip(side.triplets["prompt"], side.triplets["completion"])
-        row_of = {face: row for row, (prompt, face) in enumerate(pairs) if prompt == shown}
-        for face, best in enumerate(optimum[shown][0], start=1):
-            if (
-                row := row_of.get(str(face))
-            ) is not None:  # --max_eval_samples may have left no such roll
-                reference, policy = (
-                    side.ref_logps[row].exp().item(),
-                    final["policy_logps"][row].exp().item(),
-                )
-                for label, p in (
-                    (f"{face}  π_ref", reference),
-                    ("   π_θ  ", policy),
-                    ("   π*   ", best),
-                ):
-                    say(f"{label} {p:6.1%} {'█' * round(60 * p)}")
-    say(
-        f"\n{sum(len(line['completions']) for line in answers['sft'])} rolls each, on held-out prompts"
-    )
+    for face in sorted(row_of):
+        row, best = row_of[face], optimum[shown][0][int(face) - 1]
+        reference, learnt = (
+            side.ref_logps[row].exp().item(),
+            final["policy_logps"][row].exp().item(),
+        )
+        for label, p in ((f"{face}  π_ref", reference), ("   π_θ  ", learnt), ("   π*   ", best)):
+            say(f"{label} {p:6.1%} {'█' * round(60 * p)}")
+    say(f"\nOn held-out prompts, {len(sft) * len(sft[0]['completions'])} rolls each:")
     say(f"{'':<12}{'mean reward':>12}{'valid rolls':>13}")
-    labels = {
-        "fair": "fair dice",
-        "sft": "SFT, π_ref",
-        "policy": "DRO-V, π_θ",
-        "optimum": "optimum, π*",
-    }
-    for name, label in labels.items():
-        reward, valid = results[name]["reward"], results[name].get("valid")
-        shown_reward = "—" if reward is None else f"{reward:.2f}"
-        say(f"{label:<12}{shown_reward:>12}{'' if valid is None else f'{valid:.1%}':>13}")
-    say(
-        f"V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square, in normalised rewards)"
-    )
+    labels = {"fair": "fair dice", "sft": "SFT, π_ref", "policy": "DRO-V, π_θ"}
+    for name, label in (labels | {"optimum": "optimum, π*"}).items():
+        valid = f"{results[name]['valid']:.1%}" if "valid" in results[name] else ""
+        say(f"{label:<12}{results[name]['reward']:>12.2f}{valid:>13}")
+    error = results["value_rmse"]
+    say(f"V(x) is off V*(x) by {error:.3f} (root mean square, in normalised rewards)")
     return results
 
 
@@ -1275,8 +1209,8 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
     if not args.resume:
         if not args.overwrite_output_dir and any(any(folder.glob(name)) for name in RUN_FILES):
             raise UserError(
-                f"{folder} holds a run or a model already: --resume goes on with it, --overwrite_output_dir "
-                "replaces it, another --output_dir leaves it alone"
+                f"{folder} holds a run or a model already: --resume goes on with it, "
+                "--overwrite_output_dir replaces it, another --output_dir leaves it alone"
             )
         return None
     if not checkpoints(folder):
@@ -1369,8 +1303,9 @@ def reproduce(run: Run) -> None:
     if args.overfit_one_batch:
         first, *_, last = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
         say(
-            f"one batch of {len(run.train.rewards)} triplets, {args.max_steps} steps: loss {first['loss']:.4g} at "
-            f"the start, {last['loss']:.4g} at the end; residual's standard deviation {last['residual_std']:.4g}"
+            f"one batch of {len(run.train.rewards)} triplets, {args.max_steps} steps: "
+            f"loss {first['loss']:.4g} at the start, {last['loss']:.4g} at the end; "
+            f"residual's standard deviation {last['residual_std']:.4g}"
         )
         return
     results = {"step": run.step, "tau": args.tau, **final["metrics"], "folds": final["folds"]}
@@ -1383,8 +1318,8 @@ def reproduce(run: Run) -> None:
 def keep_freed_memory() -> None:
     """On a CPU with glibc, let tensors reuse what others freed.
 
-    By default glibc returns blocks of over 32 MB, such as logits, to the system, which hands them out
-    again page by page and cleared: a seventh of a training step (README, "Speed").
+    By default glibc returns blocks of over 32 MB, such as logits, to the system, which hands them
+    out again page by page and cleared: a seventh of a training step (README, "Speed").
     """
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -1395,8 +1330,8 @@ def keep_freed_memory() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The whole program; `argv` as on the command line.
 
-    Exits with code 2 on what the user can put right, 1 on what the machine or the numbers did wrong,
-    128 + signal when stopped; always with one line that says how to go on.
+    Exits with code 2 on what the user can put right, 1 on what the machine or the numbers did
+    wrong, 128 + signal when stopped; always with one line that says how to go on.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
