@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -70,10 +71,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     ByT5Tokenizer,
     DataCollatorForSeq2Seq,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     T5Config,
@@ -86,9 +89,24 @@ from transformers import (
 # rows; each works on its share of a step's rows (`micro_batches`), and they meet where a gradient, a
 # number to log, a score or an answer belongs to all. Alone, a process does nothing here.
 
-RANK, WORLD_SIZE = (
-    int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"))
-)
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def meet_processes() -> None:
+    """Before the first `gather`."""
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+        torch.set_float32_matmul_precision("high")  # TF32, for what stays float32
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
 
 
 def gather(item: Any) -> list:
@@ -130,7 +148,7 @@ SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sq
 # small τ the policy chases a wrong V, and mass leaks to strings that are no rolls (README, detail 8).
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
-    "sft_steps": 500, "sft_learning_rate": 0.1, "max_steps": 300, "warmup_steps": 0,
+    "sft_steps": 600, "sft_learning_rate": 0.05, "max_steps": 300, "warmup_steps": 0,
     "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "logging_steps": 50,
     "eval_steps": 100, "save_steps": 300, "max_new_tokens": 8, "num_return_sequences": 50,
@@ -266,25 +284,43 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=rate)
     add("--top_p", 1.0, "sample from the smallest set of tokens of this mass", type=probability)
     add("--num_return_sequences", 1, "answers to each held-out prompt", type=size)
+    add("--generate_every_save", False, "answer at each --save_steps, too", **switch)
+
+    group = parser.add_argument_group("comparison (after training)")
+    policies = "judge the answers of one policy against another's; each is RUN or RUN@STEP (RUN@0 "
+    policies += "is where it started), or several with commas, a run for each fold"
+    add("--compare", None, policies, nargs=2, metavar=("A", "B"))
+    judges = ("reward", "model", "file")
+    add("--judge", None, "who judges (default: reward for dice, else file)", choices=judges)
+    add("--judge_model_name_or_path", None, "the model that judges, of any instruction-tuned kind")
+    add(
+        "--judge_both_orders", False, "a win only if it is one in both orders, else a tie", **switch
+    )
+    add("--verdicts", None, "JSON Lines with `id` and `winner`, for --judge file", type=Path)
 
     if parser.parse_known_args(argv)[0].dice:
         parser.set_defaults(**DICE)
     args = parser.parse_args(argv)
     args.model_revision = args.model_revision or PINNED_REVISIONS.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED_REVISIONS.get(args.dataset_name)
-    if args.output_dir is None:
+    if args.output_dir is None and args.compare:
+        names = (re.sub(r"[^\w.@-]+", "-", policy) for policy in args.compare)
+        args.output_dir = Path("runs") / "-vs-".join(["compare", *names]).replace(
+            "compare-vs-", "compare-"
+        )
+    elif args.output_dir is None:
         part = args.eval_fold_index if args.split_mode == "prompt_fold" else f"seed{args.seed}"
         suffix = "-overfit" if args.overfit_one_batch else ""
         args.output_dir = (
             Path("runs") / f"{Path(args.dataset_name).stem}-{args.split_mode}-{part}{suffix}"
         )
+    if args.judge == "model" and not args.judge_model_name_or_path:
+        fail("--judge model needs --judge_model_name_or_path")
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     # A step's rows depend on their number alone, however many processes share them.
     args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.train_batch_size *= WORLD_SIZE
-    if args.micro_batch_tokens is None:
-        args.micro_batch_tokens = 1024
     if args.overfit_one_batch:
         args.max_steps, args.warmup_steps, args.logging_steps = args.overfit_steps, 0, 1
     if args.temperature == 0 and args.num_return_sequences > 1:
@@ -602,6 +638,18 @@ def tiny_t5(seed: int) -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
+@contextmanager
+def loading(source: str | Path) -> Iterator[None]:
+    """Turns what goes wrong while a model is loaded into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # missing, damaged, unreachable: as many types as causes
+        hint = "give a hub name or a folder with a model; without network, try --dice"
+        raise UserError(f"cannot load the model {source} ({str(error)[:200]}): {hint}") from error
+
+
 def load_policy(
     args: argparse.Namespace, source: str | Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -612,25 +660,27 @@ def load_policy(
     if source == "dice":
         return tiny_t5(args.seed), ByT5Tokenizer()
     revision = args.model_revision if source == args.model_name_or_path else None
-    try:
+    with loading(source):
         config = AutoConfig.from_pretrained(source, revision=revision)
         if not config.is_encoder_decoder:
-            raise UserError(
-                f"{source} ({config.model_type}) is a decoder-only model: not supported yet"
-            )
+            raise UserError(f"{source} ({config.model_type}) is decoder-only: not supported yet")
         if not hasattr(config, "dropout_rate"):
-            raise UserError(
-                f"{source} ({config.model_type}) is not of the T5 family: not supported yet"
-            )
+            raise UserError(f"{source} ({config.model_type}) is no T5: not supported yet")
         config.dropout_rate = 0.0  # with dropout, log π/π_ref would not be 0 at step 0
         options = {"revision": revision, "config": config, "dtype": torch.float32}
         policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
         return policy, AutoTokenizer.from_pretrained(source, revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # missing, damaged, unreachable: as many types as causes
-        hint = "give a hub name or a folder with a T5; without network, try --dice"
-        raise UserError(f"cannot load the model {source} ({str(error)[:200]}): {hint}") from error
+
+
+@contextmanager
+def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, the product with the vocabulary, the largest of all, sees only selected states."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, inputs: (select(inputs[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -645,22 +695,35 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
     tensors = (row, position, labels[row, position], decoder_input_ids)
     row, position, targets, decoder_input_ids = (
-        t.to(model.device, non_blocking=True) for t in tensors
+        tensor.to(model.device, non_blocking=True) for tensor in tensors
     )
-    # The product with the vocabulary is the largest of all: padding is dropped before it.
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][row, position],))
-    try:
+    with head_reads(model, lambda hidden: hidden[row, position]):
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             decoder_input_ids=decoder_input_ids,  # not `labels`: no second loss
             use_cache=False,
         ).logits  # (N, vocabulary)
-    finally:
-        hook.remove()
     token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
     return token_logps.new_zeros(labels.shape).index_put((row, position), token_logps).sum(-1)
+
+
+def token_budget(args: argparse.Namespace, config: PreTrainedConfig) -> int:
+    """Padded tokens that go through the models at once, where --micro_batch_tokens does not say.
+
+    On a GPU, an estimate on the safe side: of the memory that weights, gradients and the optimiser
+    leave, what each layer keeps for the backward pass, 32 bytes for each of its channels and tokens.
+    """
+    if device().type == "cpu":
+        return 1024
+    width = config.d_model + config.d_ff
+    layers = 2 * config.num_layers + config.num_decoder_layers  # both encoders, and the decoder
+    parameters = 4 * width * config.d_model * layers + 3 * config.vocab_size * config.d_model
+    spare = torch.cuda.get_device_properties(device()).total_memory - 16 * parameters
+    per_token = 32 * width * max(2 * config.num_layers, config.num_decoder_layers)
+    if args.gradient_checkpointing:
+        per_token /= 8
+    return max(256, int(0.8 * spare / (per_token + 12 * config.vocab_size)))
 
 
 class ValueModel(nn.Module):
@@ -986,6 +1049,8 @@ def train(run: Run, last: int) -> Iterator[int]:
             pooled = pool(window)
             check_finite(run, pooled)
             metrics = summarise(pooled, args.tau)
+            if run.policy.device.type == "cuda":
+                metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
             metrics |= {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)}
             log(run, metrics)
             bar.set_postfix(loss=metrics.get("sft_loss", metrics.get("loss")))
@@ -1177,6 +1242,284 @@ def dice_report(run: Run, final: dict) -> dict:
     return results
 
 
+# ----------------------------------------------------------------------------------- comparison
+
+# The paper's results are win rates: two policies answer the same held-out prompts, a judge sees the
+# answers without knowing whose they are, and the wins are averaged over the folds.
+
+JUDGE_PROMPT = """You are given an instruction and two responses to it. Decide which response is more \
+helpful and does better what the instruction asks for.
+
+Instruction:
+{prompt}
+
+Response A:
+{A}
+
+Response B:
+{B}
+
+Which response is better? Answer with A or B alone.
+Answer:"""
+
+
+def load_answers(policy: str) -> tuple[dict[tuple[int, str], list[str]], list[tuple[str, dict]]]:
+    """A policy's answers, by (fold, prompt), and (name, settings) of each run they come from.
+
+    `policy` is RUN or RUN@STEP, or several of them with commas, one for each fold. Raises UserError if
+    answers are missing, are given twice, or are to prompts that their run did not hold out.
+    """
+    answers, runs = {}, []
+    for name in policy.split(","):
+        path, step = name.rsplit("@", 1) if "@" in name else (name, None)
+        try:
+            args = json.loads((Path(path) / "args.json").read_text(encoding="utf-8"))["args"]
+            file = Path(path) / "prompt_split_manifest.json"
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            lines = read_jsonl(Path(path) / f"generations-{step or args['max_steps']}.jsonl")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{name} is not a finished run or RUN@STEP with answers: {error}"
+            ) from None
+        names = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "temperature")
+        names += ("top_p", "max_new_tokens", "num_return_sequences", "max_prompt_length")
+        runs.append((name, {key: args[key] for key in names} | {"held_out": manifest["held_out"]}))
+        held_out = set().union(*manifest["held_out"].values())
+        for line in lines:
+            key = (line["fold"], line["prompt"])
+            if sha256(line["prompt"])[:16] not in held_out:
+                raise UserError(
+                    f"{name} answers a prompt that it did not hold out: {key[1][:80]!r}"
+                )
+            if key in answers:
+                raise UserError(f"{policy}: fold {key[0]} is answered twice, again by {name}")
+            answers[key] = line["completions"]
+    return answers, runs
+
+
+def make_pairs(ours: dict, theirs: dict, seed: int) -> list[dict]:
+    """What a judge sees, {"id", "prompt", "A", "B"}, with "fold" and "ours": which of A, B is ours.
+
+    The order is drawn from a hash of the seed and the texts: swapping the policies changes only "ours".
+    """
+    pairs = []
+    for (fold, prompt), completions in ours.items():
+        for i, mine in enumerate(completions):
+            a, b = sorted((mine, theirs[fold, prompt][i]))
+            digest = sha256(seed, prompt, i, a, b)
+            a, b = (a, b) if int(digest[-1], 16) % 2 else (b, a)
+            pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b}
+            pairs.append(pair | {"fold": fold, "ours": "A" if a == mine else "B"})
+    return pairs
+
+
+def judge_by_reward(pairs: list[dict]) -> np.ndarray:
+    """1 where A has the higher true reward, 0 where B has, ½ for a tie; no roll loses to any."""
+    rewards = np.array([[dice_reward(p["prompt"], p[x]) or -1 for x in "AB"] for p in pairs])
+    return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
+
+
+class ModelJudge:
+    """Any instruction-tuned model, encoder-decoder or decoder-only: log p("A") against log p("B")."""
+
+    def __init__(self, args: argparse.Namespace):
+        source, self.batch_size = args.judge_model_name_or_path, args.per_device_eval_batch_size
+        with loading(source):
+            self.config = AutoConfig.from_pretrained(source)
+            self.decoder_only = not self.config.is_encoder_decoder
+            kind = AutoModelForCausalLM if self.decoder_only else AutoModelForSeq2SeqLM
+            dtype = torch.bfloat16 if args.bf16 else torch.float32
+            self.model = kind.from_pretrained(source, dtype=dtype).to(device()).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.tokenizer.padding_side = "left" if self.decoder_only else "right"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        self.letters = [
+            sorted({encode(x)[-1], encode(f" {x}")[-1]}) for x in "AB"
+        ]  # of any spelling
+        if set(self.letters[0]) & set(self.letters[1]):
+            raise UserError(f"{source} cannot judge: its tokenizer does not tell A from B")
+        longest = (
+            self.tokenizer.model_max_length,
+            getattr(self.config, "max_position_embeddings", None),
+        )
+        longest = min(n for n in (*longest, 4096) if n)
+        self.part = (longest - len(self.encode({"prompt": "", "A": "", "B": ""})) - 8) // 3
+        if self.part < 1:
+            raise UserError(f"{source} cannot judge: it reads only {longest} tokens")
+
+    def encode(self, pair: dict) -> list[int]:
+        """The judge's input. Each of the three texts is cut to a third of the room, if need be."""
+        texts = {}
+        for name in ("prompt", "A", "B"):
+            ids = self.tokenizer.encode(pair[name], add_special_tokens=False)
+            cut = pair[name] and len(ids) > self.part
+            texts[name] = self.tokenizer.decode(ids[: self.part]) if cut else pair[name]
+        text = JUDGE_PROMPT.format(**texts)
+        if not self.tokenizer.chat_template:
+            return self.tokenizer.encode(text)
+        chat = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids
+
+    @torch.no_grad()
+    def __call__(self, pairs: list[dict]) -> np.ndarray:
+        """1 where A is preferred, 0 where B is, ½ for a tie."""
+        inputs = [self.encode(pair) for pair in pairs]
+        order = np.argsort([-len(ids) for ids in inputs], kind="stable")
+        verdicts = np.zeros(len(pairs))
+        for first in progress(range(0, len(order), self.batch_size), "Judging"):
+            rows = order[first : first + self.batch_size]
+            batch = self.tokenizer.pad(
+                {"input_ids": [inputs[row] for row in rows]}, return_tensors="pt"
+            )
+            batch = batch.to(self.model.device)
+            if not self.decoder_only:
+                start = self.config.decoder_start_token_id
+                batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
+            with head_reads(self.model, lambda hidden: hidden[:, -1]):
+                logits = self.model(**batch, use_cache=False).logits.float()  # (b, vocabulary)
+            a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
+            verdicts[rows] = (torch.sign(a - b).cpu().numpy() + 1) / 2
+        return verdicts
+
+
+def read_verdicts(file: Path, pairs: list[dict]) -> np.ndarray:
+    """1 where the file's `winner` is A, 0 where it is B, ½ for a tie, NaN where it says nothing."""
+    scores, known, unknown, repeated = {}, {pair["id"] for pair in pairs}, 0, 0
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read --verdicts {file}: {error.strerror}") from None
+    for number_of_line, line in enumerate(lines, start=1):
+        try:
+            verdict = json.loads(line)
+            name, score = verdict["id"], {"A": 1.0, "B": 0.0, "tie": 0.5}[verdict["winner"]]
+        except (ValueError, KeyError, TypeError):
+            form = '{"id": …, "winner": "A", "B" or "tie"}'
+            raise UserError(f"{file}, line {number_of_line}: {line[:80]!r} is not {form}") from None
+        unknown, repeated = unknown + (name not in known), repeated + (name in scores)
+        scores.setdefault(name, score)
+    missing = len(known - set(scores))
+    say(f"{file}: {missing} of {len(known)} ids missing, {repeated} repeated (the first counts), "
+        f"{unknown} unknown (left out)")  # fmt: skip
+    return np.array([scores.get(pair["id"], math.nan) for pair in pairs])
+
+
+def judge_pairs(pairs: list[dict], judge: Callable, both_orders: bool) -> np.ndarray:
+    """Our score in each pair: 1 for a win, 0 for a loss, ½ for a tie; NaN where there is no verdict."""
+    verdicts = judge(pairs)
+    if both_orders:  # a win only if it is one from either side
+        swapped = 1 - judge([pair | {"A": pair["B"], "B": pair["A"]} for pair in pairs])
+        verdicts = np.where(verdicts == swapped, verdicts, 0.5)
+    ours = np.array([pair["ours"] == "A" for pair in pairs])
+    same = np.array([pair["A"] == pair["B"] for pair in pairs])
+    return np.where(same, 0.5, np.where(ours, verdicts, 1 - verdicts))
+
+
+def win_rates(pairs: list[dict], scores: np.ndarray, seed: int, resamples: int = 10_000) -> dict:
+    """Win rate over each fold and all, their standard deviation, and a 95 % bootstrap interval.
+
+    A prompt counts once, with the mean of its pairs' scores. The overall rate is the mean of the folds'.
+    """
+    of_prompt = defaultdict(list)
+    for pair, score in zip(pairs, scores, strict=True):
+        if not math.isnan(score):
+            of_prompt[pair["fold"], pair["prompt"]].append(score)
+    of_fold = defaultdict(list)
+    for (fold, _), prompt_scores in sorted(of_prompt.items()):
+        of_fold[fold].append(np.mean(prompt_scores))
+    if not of_fold:
+        raise UserError("there is no verdict to count")
+    rng, folds, bootstrap = np.random.default_rng(seed), {}, []
+    for fold, prompt_scores in of_fold.items():
+        values, counts = np.unique(prompt_scores, return_counts=True)
+        total = counts.sum()
+        # Drawing `total` prompts with replacement is drawing how often each distinct score comes up.
+        bootstrap.append(rng.multinomial(total, counts / total, size=resamples) @ values / total)
+        tally = {
+            "wins": counts[values > 0.5],
+            "ties": counts[values == 0.5],
+            "losses": counts[values < 0.5],
+        }
+        folds[str(fold)] = {"win_rate": float(values @ counts / total), "prompts": int(total)}
+        folds[str(fold)] |= {name: int(numbers.sum()) for name, numbers in tally.items()}
+    rates = [fold["win_rate"] for fold in folds.values()]
+    result = {
+        "win_rate": float(np.mean(rates)),
+        "std": float(np.std(rates, ddof=1)) if len(rates) > 1 else None,
+    }
+    result["interval"] = np.quantile(np.mean(bootstrap, axis=0), [0.025, 0.975]).tolist()
+    totals = {
+        name: sum(fold[name] for fold in folds.values())
+        for name in ("prompts", "wins", "ties", "losses")
+    }
+    return result | totals | {"folds": folds}
+
+
+def report_win_rates(ours: str, theirs: str, result: dict) -> None:
+    """Bars for the folds, and the line that the paper's table has."""
+    folds = result["folds"]
+    for fold, numbers in folds.items():
+        rate = numbers["win_rate"]
+        bar = "█" * round(40 * rate) + "░" * (40 - round(40 * rate))
+        tally = f"{numbers['wins']} wins, {numbers['ties']} ties, {numbers['losses']} losses"
+        say(f"fold {fold} {bar} {rate:6.1%}  {tally}")
+    low, high = result["interval"]
+    sizes = sorted({numbers["prompts"] for numbers in folds.values()})
+    what = f"{len(folds)} fold{'s' * (len(folds) > 1)} × {' or '.join(map(str, sizes))} prompts"
+    spread = f" ± {100 * result['std']:.1f} %" if result["std"] is not None else ""
+    line = f"{100 * result['win_rate']:.1f} %{spread} ({what}, 95 % CI {100 * low:.1f}–{100 * high:.1f} %)"
+    say(f"{ours} vs {theirs}: {line}")
+
+
+def compare(args: argparse.Namespace) -> dict | None:
+    """Judge one policy's answers against another's; prints, writes and returns the win rates.
+
+    Raises UserError if the two did not answer the same prompts in the same way.
+    """
+    (ours, our_runs), (theirs, their_runs) = map(load_answers, args.compare)
+    (first, settings), *others = our_runs + their_runs
+    for name, other in others:
+        for key in settings:
+            if settings[key] != other[key]:
+                values = "" if key == "held_out" else f": {settings[key]} and {other[key]}"
+                raise UserError(
+                    f"{first} and {name} cannot be compared: they differ in {key}{values}"
+                )
+    if ours.keys() != theirs.keys():
+        folds = [sorted({fold for fold, _ in answers}) for answers in (ours, theirs)]
+        numbers = f"{len(ours)} in folds {folds[0]} and {len(theirs)} in folds {folds[1]}"
+        raise UserError(f"the policies did not answer the same prompts: {numbers}")
+    pairs = make_pairs(ours, theirs, args.seed)
+    folder, judge = args.output_dir, args.judge
+    folder.mkdir(parents=True, exist_ok=True)
+    judge = judge or ("reward" if settings["dataset_name"] == "dice" else "file")
+    if judge == "reward":
+        if settings["dataset_name"] != "dice":
+            raise UserError(
+                "--judge reward needs a true reward, which only dice have: try --judge model"
+            )
+        judge = judge_by_reward
+    elif judge == "model":
+        judge = ModelJudge(args)
+    elif args.verdicts:
+        judge = functools.partial(read_verdicts, args.verdicts)
+    else:
+        write_jsonl(
+            folder / "pairs.jsonl", ({k: p[k] for k in ("id", "prompt", "A", "B")} for p in pairs)
+        )
+        write_jsonl(
+            folder / "key.jsonl", ({"id": p["id"], "policy_1_is": p["ours"]} for p in pairs)
+        )
+        say(f"{len(pairs)} pairs to judge are in {folder / 'pairs.jsonl'}; go on with --verdicts FILE, "
+            'a line {"id": …, "winner": "A", "B" or "tie"} for each')  # fmt: skip
+        return None
+    result = win_rates(pairs, judge_pairs(pairs, judge, args.judge_both_orders), args.seed)
+    report_win_rates(*args.compare, result)
+    write_json(folder / "win_rates.json", {"policies": args.compare, **result})
+    return result
+
+
 # ----------------------------------------------------------------------------------------- main
 
 RUN_FILES = (
@@ -1232,8 +1575,13 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
 def start(args: argparse.Namespace) -> Run:
     """Load everything, check everything, and only then touch what the output folder holds."""
     checkpoint = check_output_dir(args)
+    if RANK > 0:
+        gather(None)  # the first process fills the caches that the others read
     policy, tokenizer = load_policy(args, checkpoint or args.model_name_or_path)
     train_side, eval_side, manifest = load_sides(args, tokenizer)
+    if RANK == 0:
+        gather(None)
+    args.micro_batch_tokens = args.micro_batch_tokens or token_budget(args, policy.config)
     if args.overfit_one_batch:
         batch_size = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
@@ -1242,7 +1590,7 @@ def start(args: argparse.Namespace) -> Run:
         train_side = train_side.select(np.unique(rows))
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
-    policy.train().to("cuda" if torch.cuda.is_available() else "cpu")
+    policy.train().to(device())
     run = Run(args, policy, tokenizer, train_side, eval_side, manifest, step=-args.sft_steps)
     folder, manifest_file = args.output_dir, args.output_dir / "prompt_split_manifest.json"
     if checkpoint:
@@ -1295,7 +1643,8 @@ def reproduce(run: Run) -> None:
     for step in itertools.chain([run.step], train(run, args.max_steps)):
         if not args.overfit_one_batch and (step % args.eval_steps == 0 or step == args.max_steps):
             final = evaluate(run)
-        if not args.overfit_one_batch and step in (0, args.max_steps):
+        every_save = args.generate_every_save and step % args.save_steps == 0
+        if not args.overfit_one_batch and (step in (0, args.max_steps) or every_save):
             generate(run)
     if RANK > 0:
         return
@@ -1311,6 +1660,8 @@ def reproduce(run: Run) -> None:
     results = {"step": run.step, "tau": args.tau, **final["metrics"], "folds": final["folds"]}
     if args.dataset_name == "dice":
         results |= dice_report(run, final)
+        args.compare = [str(folder), f"{folder}@0"]
+        results["win_rate_over_sft"] = compare(args)
     write_json(folder / "results.json", results)
     say(f"the policy, its results and its answers are in {folder}")
 
@@ -1344,7 +1695,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
     go_on = f"go on with: {shlex.join(['python', 'drov.py', *flags, '--resume'])}"
     stop_signals.clear()
+    meet_processes()
     try:
+        if args.compare:
+            compare(args)
+            return
         run = start(args)
         for signum in (signal.SIGINT, signal.SIGTERM):
             handlers[signum] = signal.signal(signum, request_stop)
@@ -1353,16 +1708,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(error)
     except Stopped:
         save_checkpoint(run)
+        gather(None)  # the others may not leave before the first has written
         fail(f"stopped at step {run.step}, with a checkpoint; {go_on}", 128 + stop_signals[0])
     except KeyboardInterrupt:
         fail(f"stopped at once; {go_on}", 128 + signal.SIGINT)
     except FloatingPointError as error:
         fail(error, 1)
+    except torch.OutOfMemoryError:
+        tokens = args.micro_batch_tokens
+        fail(f"out of GPU memory with --micro_batch_tokens {tokens}: try {tokens // 2}; {go_on}", 1)
     except (OSError, SafetensorError) as error:  # a full disk, most likely
         fail(f"{error}. What was complete is kept; {go_on}", 1)
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -511,6 +511,72 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(flags, tmp_path, caps
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+# ------------------------------------------------------------------------------------ processes
+
+
+def torchrun(processes, *flags):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", str(processes), drov.__file__, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_where_two_stopped(flags, tmp_path):
+    more = [
+        "--max_steps",
+        "6",
+        "--logging_steps",
+        "1",
+        "--max_eval_samples",
+        "7",
+        "--save_steps",
+        "3",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    drov.main([*flags, *more, "--output_dir", str(one)])
+    half = [*flags, *more, "--per_device_train_batch_size", "4", "--output_dir", str(two)]
+    done = torchrun(2, *half)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on") == 0 and done.stdout.count("held out") == 4  # one speaks
+
+    def same():
+        for file in ("model.safetensors", "value_model/model.safetensors"):
+            ours, theirs = (drov.load_file(folder / file) for folder in (one, two))
+            for name in ours:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+        for ours, theirs in zip(metrics(one), metrics(two), strict=True):
+            for name in ours.keys() - {"padding"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+        answers = [(folder / "generations-0.jsonl").read_bytes() for folder in (one, two)]
+        assert answers[0] == answers[1]
+
+    same()
+    for path in (two / "checkpoint-6", two / "model.safetensors"):  # as if it had stopped at 3
+        drov.shutil.rmtree(path) if path.is_dir() else path.unlink()
+    drov.main([*half, "--gradient_accumulation_steps", "2", "--resume"])
+    same()
+
+
+def test_a_rank_that_dies_ends_the_run(flags, tmp_path):
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    endless = [*flags, "--max_steps", "100000", "--output_dir", str(tmp_path / "dies")]
+    process = subprocess.Popen(
+        [*launcher, drov.__file__, *endless], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "dies" / "checkpoint-2").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+
+
 # ----------------------------------------------------------------------------------------- dice
 
 
@@ -530,9 +596,16 @@ def test_the_optimum_of_dice_is_eq_2():
 
 
 def test_dice_learns_in_a_few_steps_and_reports_it(tmp_path, capsys):
-    short = (
-        ["--sft_steps", "150", "--max_steps", "100", "--num_return_sequences", "25", "--max_train_samples", "8000"]
-    )
+    short = [
+        "--sft_steps",
+        "150",
+        "--max_steps",
+        "100",
+        "--num_return_sequences",
+        "25",
+        "--max_train_samples",
+        "8000",
+    ]
     drov.main(["--dice", "--output_dir", str(tmp_path / "run"), *short])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["policy"]["reward"] > results["sft"]["reward"] + 0.4
@@ -619,3 +692,195 @@ def test_a_wrong_model_or_folder_ends_in_one_line_and_nothing_is_overwritten(
     drov.main([*flags, "--resume", "--max_steps", "1"])  # nothing there yet: afresh
     assert "starting afresh" in capsys.readouterr().out
     assert Path(tmp_path / "run" / "results.json").exists() and os.listdir(t5)
+
+
+# ----------------------------------------------------------------------------------- comparison
+
+
+def experiment(folds=2, prompts=100, chance=0.7, seed=0, completions=1):
+    """Two policies' answers, where ours is the better one with the given chance."""
+    rng = np.random.default_rng(seed)
+    ours, theirs = {}, {}
+    for key in ((fold, f"prompt {fold} {i}") for fold in range(folds) for i in range(prompts)):
+        won = rng.random(completions) < chance
+        ours[key] = [f"good {i}" if win else f"bad {i}" for i, win in enumerate(won)]
+        theirs[key] = [f"bad {i}" if win else f"good {i}" for i, win in enumerate(won)]
+    return ours, theirs
+
+
+def good_wins(pairs):
+    return np.array([float(pair["A"].startswith("good")) for pair in pairs])
+
+
+def rates(ours, theirs, judge, both=False, seed=0):
+    pairs = drov.make_pairs(ours, theirs, seed)
+    return drov.win_rates(pairs, drov.judge_pairs(pairs, judge, both), seed)
+
+
+def test_the_order_is_seeded_and_balanced_and_a_judge_that_always_says_a_finds_no_winner():
+    ours, theirs = experiment(prompts=500)
+    always_a = lambda pairs: np.ones(len(pairs))
+    orders = [[p["ours"] for p in drov.make_pairs(ours, theirs, seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert rates(ours, theirs, always_a)["win_rate"] == pytest.approx(0.5, abs=0.05)
+    assert rates(ours, theirs, always_a, both=True)["ties"] == 1000
+    assert rates(ours, theirs, good_wins) == rates(ours, theirs, good_wins, both=True)
+
+
+def test_swapping_the_policies_gives_one_minus_the_win_rate_whatever_the_bias():
+    ours, theirs = experiment(completions=3)
+    theirs[0, "prompt 0 0"] = ours[0, "prompt 0 0"]  # the same answers: ties
+    biased = lambda pairs: np.array([1.0 if hash(p["A"] + p["prompt"]) % 3 else 0.0 for p in pairs])
+    there, back = rates(ours, theirs, biased), rates(theirs, ours, biased)
+    assert there["win_rate"] == pytest.approx(1 - back["win_rate"], abs=1e-12)
+    assert (there["wins"], there["ties"]) == (back["losses"], back["ties"])
+    assert there["prompts"] == 200 and there["folds"]["0"]["win_rate"] != 0.5
+    pairs, swapped = drov.make_pairs(ours, theirs, 0), drov.make_pairs(theirs, ours, 0)
+    seen = lambda pair: {name: value for name, value in pair.items() if name != "ours"}
+    assert list(map(seen, pairs)) == list(map(seen, swapped))
+
+
+def test_the_interval_covers_the_true_win_rate_about_95_times_in_100():
+    covered = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        pairs = [{"fold": fold, "prompt": str(i)} for fold in range(2) for i in range(100)]
+        result = drov.win_rates(
+            pairs, rng.choice([0, 0.5, 1], p=[0.2, 0.2, 0.6], size=200), seed, 1000
+        )
+        low, high = result["interval"]
+        covered += low <= 0.7 <= high
+    assert 0.91 <= covered / 300 <= 0.98
+    one_fold = drov.win_rates(pairs[:100], np.ones(100), 0)
+    assert one_fold["std"] is None and one_fold["interval"] == [1.0, 1.0]
+
+
+def test_dice_runs_are_compared_fold_by_fold_and_bad_comparisons_are_refused(tmp_path, capsys, t5):
+    common = [
+        "--dice",
+        "--split_mode",
+        "prompt_fold",
+        "--num_eval_folds",
+        "2",
+        "--eval_prompts_per_fold",
+        "20",
+    ]
+    common += [
+        "--sft_steps",
+        "60",
+        "--max_steps",
+        "4",
+        "--save_steps",
+        "2",
+        "--generate_every_save",
+    ]
+    common += [
+        "--num_return_sequences",
+        "2",
+        "--max_train_samples",
+        "500",
+        "--max_eval_samples",
+        "1000",
+    ]
+
+    def run(name, *more):
+        drov.main([*common, "--output_dir", str(tmp_path / name), *more])
+        return str(tmp_path / name)
+
+    both = run("both", "--eval_fold_index", "all")
+    printed = capsys.readouterr().out
+    assert f"{both} vs {both}@0: " in printed and "2 folds × " in printed
+    assert (tmp_path / "both" / "generations-2.jsonl").exists()
+    single = [run(f"fold{fold}", "--eval_fold_index", str(fold)) for fold in (0, 1)]
+    versus = ["--compare", ",".join(single), f"{single[0]}@0,{single[1]}@2"]
+    drov.main([*versus, "--output_dir", str(tmp_path / "versus")])
+    result = json.loads((tmp_path / "versus" / "win_rates.json").read_text())
+    assert set(result["folds"]) == {"0", "1"} and 0 <= result["win_rate"] <= 1
+    other = run("other", "--eval_fold_index", "all", "--temperature", "0.5")
+    seed = run("seed", "--eval_fold_index", "all", "--seed", "43")
+    refused = lambda *policies: fails(
+        capsys, "--compare", *policies, "--output_dir", tmp_path / "no"
+    )
+    assert "they differ in temperature: 1.0 and 0.5" in refused(both, other)
+    assert "they differ in held_out" in refused(both, seed)
+    assert "did not answer the same prompts" in refused(both, single[0])
+    assert "fold 0 is answered twice" in refused(both, f"{single[0]},{single[0]}")
+    assert "is not a finished run" in refused(both, f"{both}@3")
+    lines = drov.read_jsonl(tmp_path / "other" / "generations-4.jsonl")
+    drov.write_jsonl(
+        tmp_path / "other" / "generations-4.jsonl", [*lines[1:], lines[0] | {"prompt": "new"}]
+    )
+    assert "did not hold out: 'new'" in refused(other, both)
+
+
+def test_a_reward_judge_lets_no_roll_lose_to_any_and_two_of_them_tie():
+    pairs = [{"prompt": "Ada rolls 1d6", "A": a, "B": b} for a, b in ("65", "1x", "xy", "y1", "44")]
+    assert drov.judge_by_reward(pairs).tolist() == [1, 1, 0.5, 0, 0.5]
+
+
+def test_verdicts_of_a_file_are_unblinded_and_bad_ones_named(flags, tmp_path, capsys):
+    drov.main([*flags, "--max_new_tokens", "24"])
+    run, out = str(tmp_path / "run"), tmp_path / "versus"
+    compare = ["--compare", run, f"{run}@0", "--output_dir", str(out)]
+    drov.main(compare)
+    pairs, key = drov.read_jsonl(out / "pairs.jsonl"), drov.read_jsonl(out / "key.jsonl")
+    assert [set(pair) for pair in pairs] == [{"id", "prompt", "A", "B"}] * 4
+    assert run not in (out / "pairs.jsonl").read_text()
+    answers = {
+        line["prompt"]: line["completions"][0]
+        for line in drov.read_jsonl(tmp_path / "run" / "generations-4.jsonl")
+    }
+    for pair, line in zip(pairs, key, strict=True):
+        assert pair["id"] == line["id"] and pair[line["policy_1_is"]] == answers[pair["prompt"]]
+    verdicts = [
+        {"id": line["id"], "winner": line["policy_1_is"]} for line in key
+    ]  # policy 1 always wins
+    file = tmp_path / "verdicts.jsonl"
+    drov.write_jsonl(file, [*verdicts[1:], verdicts[1], {"id": "else", "winner": "tie"}])
+    capsys.readouterr()
+    drov.main([*compare, "--verdicts", str(file)])
+    printed = capsys.readouterr().out
+    assert "1 of 4 ids missing, 1 repeated" in printed and "1 unknown" in printed
+    assert "100.0 % (1 fold × 3 prompts, 95 % CI 100.0–100.0 %)" in printed
+    file.write_text('{"id": "x", "winner": "tie"}\n{"id": "x", "winner": "C"}\n')
+    assert "line 2: " in fails(capsys, *compare, "--verdicts", file)
+    assert "cannot read" in fails(capsys, *compare, "--verdicts", tmp_path / "none")
+    assert "only dice have" in fails(capsys, *compare, "--judge", "reward")
+    assert "needs --judge_model_name_or_path" in fails(capsys, *compare, "--judge", "model")
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+def test_a_model_judges_by_its_log_probabilities_and_sees_no_name(kind, t5, tmp_path):
+    folder = tmp_path / "judge"
+    tokenizer = ByT5Tokenizer(model_max_length=700)
+    tokenizer.save_pretrained(folder)
+    if kind == "encoder-decoder":
+        drov.tiny_t5(1).save_pretrained(folder)
+    else:
+        torch.manual_seed(0)
+        sizes = {
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 32,
+            "vocab_size": 384,
+            "initializer_range": 0.3,
+        }
+        GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
+    args = drov.parse_args(
+        ["--judge_model_name_or_path", str(folder), "--per_device_eval_batch_size", "3"]
+    )
+    judge = drov.ModelJudge(args)
+    pairs = [{"prompt": "p" * n, "A": "a" * (3 * n), "B": "bc" * n} for n in (1, 20, 3, 200, 7)]
+    verdicts = judge(pairs)
+    for pair, verdict in zip(pairs, verdicts, strict=True):
+        ids = torch.tensor([judge.encode(pair)])
+        assert ids.shape[1] <= 700
+        text = tokenizer.decode(ids[0])
+        assert (
+            "Response A:\na" in text and "Response B:\nbc" in text and "Answer:" in text
+        )  # all cut alike
+        start = {} if kind == "decoder-only" else {"decoder_input_ids": torch.tensor([[0]])}
+        with torch.no_grad():
+            logits = judge.model(input_ids=ids, **start).logits[0, -1]
+        a, b = tokenizer.encode("AB", add_special_tokens=False)
+        assert verdict == float(logits[a] > logits[b])
