@@ -517,7 +517,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(flags, tmp_path, caps
 def torchrun(processes, *flags):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc_per_node", str(processes), drov.__file__, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
 def test_two_processes_train_as_one_does_and_one_goes_on_where_two_stopped(flags, tmp_path):
@@ -819,7 +819,7 @@ def test_a_reward_judge_lets_no_roll_lose_to_any_and_two_of_them_tie():
 
 
 def test_verdicts_of_a_file_are_unblinded_and_bad_ones_named(flags, tmp_path, capsys):
-    drov.main([*flags, "--max_new_tokens", "24"])
+    drov.main([*flags, "--learning_rate", "0.3"])  # far enough for other answers
     run, out = str(tmp_path / "run"), tmp_path / "versus"
     compare = ["--compare", run, f"{run}@0", "--output_dir", str(out)]
     drov.main(compare)
