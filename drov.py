@@ -55,6 +55,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,12 +102,13 @@ def device() -> torch.device:
 
 
 def meet_processes() -> None:
-    """Before the first `gather`."""
+    """Set up this process's GPU and its connection to the others, before anything else."""
     if device().type == "cuda":
         torch.cuda.set_device(device())
         torch.set_float32_matmul_precision("high")  # TF32, for what stays float32
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+        backend = "nccl" if device().type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # downloads take their time
 
 
 def gather(item: Any) -> list:
@@ -117,7 +119,7 @@ def gather(item: Any) -> list:
     return items
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Add up the processes' gradients, once a step. A process without rows adds zeros."""
     if WORLD_SIZE > 1:
         for parameter in parameters:
@@ -155,12 +157,11 @@ DICE = {
 }  # fmt: skip
 
 # Arguments that say where a run is kept or how a batch is cut, and change nothing that is learnt.
-FREE_ON_RESUME = {"output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit"}
-FREE_ON_RESUME |= {
-    "micro_batch_tokens",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-}
+# The batch is compared as `train_batch_size`, over all processes.
+FREE_ON_RESUME = {
+    "output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit",
+    "micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -168,8 +169,9 @@ class UserError(ValueError):
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-    """One line on stderr, then exit with `code`."""
-    print(f"drov.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line on stderr, then exit with `code`. What all processes find (2), the first one says."""
+    if RANK == 0 or code == 1:
+        print(f"drov.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -193,9 +195,8 @@ def number(kind: type, minimum: float, *, above: bool = False, maximum: float = 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags to Namespace; the defaults are the paper's T5-L run. Exits with 2 on a bad flag."""
-    parser = argparse.ArgumentParser(
-        "drov.py", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    title = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("drov.py", description=title, allow_abbrev=False)
     parser.error = fail  # one line instead of the usage text
     count, size = number(int, 0), number(int, 1)
     rate, positive = number(float, 0), number(float, 0, above=True)
@@ -208,12 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         group.add_argument(flag, default=default, help=text + shown, **options)
 
     group = parser.add_argument_group("run")
-    add(
-        "--dice",
-        False,
-        "preset: the example whose answer is known; other flags override it",
-        **switch,
-    )
+    add("--dice", False, "preset: the example with a known answer; other flags override", **switch)
     add("--output_dir", None, "folder of the run (default: runs/DATASET-SPLIT-FOLD)", type=Path)
     add("--resume", False, "go on from the newest complete checkpoint in --output_dir", **switch)
     add("--overwrite_output_dir", False, "replace the run that --output_dir holds", **switch)
@@ -222,11 +218,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--overfit_steps", 300, "steps of --overfit_one_batch", type=size)
 
     group = parser.add_argument_group("data")
-    add(
-        "--dataset_name",
-        DEFAULT_DATASET,
-        "hub name, file or folder (JSON, CSV, Parquet), or 'dice'",
-    )
+    add("--dataset_name", DEFAULT_DATASET, "hub name, JSON, CSV or Parquet file, folder, or 'dice'")
     add("--dataset_revision", None, "hub commit (default: pinned for the default dataset)")
     add("--dataset_split", "train", "split of a hub dataset")
     rewards = ("overall_score", "fine-grained_score", *ASPECTS)
@@ -246,9 +238,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model_name_or_path", DEFAULT_MODEL, "T5-family encoder-decoder: π_ref, and π's start")
     add("--model_revision", None, "hub commit (default: pinned for the default model)")
     add("--share_policy_and_value_backbone", False, "V reads the policy's own encoder", **switch)
-    add(
-        "--gradient_checkpointing", False, "recompute activations: less memory, more time", **switch
-    )
+    add("--gradient_checkpointing", False, "recompute activations: slower, less memory", **switch)
     bf16 = "bfloat16 autocast; weights stay float32 (default: on where CUDA has it)"
     add("--bf16", None, bf16, action=argparse.BooleanOptionalAction)
 
@@ -264,13 +254,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=positive)
     add("--per_device_train_batch_size", 32, "triplets a step and process", type=size)
     add("--gradient_accumulation_steps", 1, "multiplies the batch", type=size)
-    budget = "padded tokens, x and y, that go through the models at once; changes no gradient"
-    add(
-        "--micro_batch_tokens",
-        None,
-        f"{budget} (default: 1024 on a CPU, by memory on a GPU)",
-        type=size,
-    )
+    budget = "padded tokens, x and y, that go through the models at once; changes no gradient "
+    budget += "(default: 1024 on a CPU, by memory on a GPU)"
+    add("--micro_batch_tokens", None, budget, type=size)
     add("--sft_steps", 0, "steps of maximum likelihood before π_ref is fixed", type=count)
     add("--sft_learning_rate", 1e-4, "learning rate of those steps", type=rate)
 
@@ -287,15 +273,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--generate_every_save", False, "answer at each --save_steps, too", **switch)
 
     group = parser.add_argument_group("comparison (after training)")
-    policies = "judge the answers of one policy against another's; each is RUN or RUN@STEP (RUN@0 "
-    policies += "is where it started), or several with commas, a run for each fold"
+    policies = "compare two policies, each RUN, RUN@STEP (RUN@0: its start), or several with commas"
     add("--compare", None, policies, nargs=2, metavar=("A", "B"))
     judges = ("reward", "model", "file")
     add("--judge", None, "who judges (default: reward for dice, else file)", choices=judges)
     add("--judge_model_name_or_path", None, "the model that judges, of any instruction-tuned kind")
-    add(
-        "--judge_both_orders", False, "a win only if it is one in both orders, else a tie", **switch
-    )
+    add("--judge_both_orders", False, "the model must agree in both orders, else a tie", **switch)
     add("--verdicts", None, "JSON Lines with `id` and `winner`, for --judge file", type=Path)
 
     if parser.parse_known_args(argv)[0].dice:
@@ -303,19 +286,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.model_revision = args.model_revision or PINNED_REVISIONS.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED_REVISIONS.get(args.dataset_name)
-    if args.output_dir is None and args.compare:
-        names = (re.sub(r"[^\w.@-]+", "-", policy) for policy in args.compare)
-        args.output_dir = Path("runs") / "-vs-".join(["compare", *names]).replace(
-            "compare-vs-", "compare-"
-        )
-    elif args.output_dir is None:
+    if args.output_dir is None:
         part = args.eval_fold_index if args.split_mode == "prompt_fold" else f"seed{args.seed}"
-        suffix = "-overfit" if args.overfit_one_batch else ""
-        args.output_dir = (
-            Path("runs") / f"{Path(args.dataset_name).stem}-{args.split_mode}-{part}{suffix}"
-        )
-    if args.judge == "model" and not args.judge_model_name_or_path:
-        fail("--judge model needs --judge_model_name_or_path")
+        name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{part}"
+        name += "-overfit" if args.overfit_one_batch else ""
+        if args.compare:
+            name = "compare-" + re.sub(r"[^\w.@-]+", "-", "-vs-".join(args.compare))
+        args.output_dir = Path("runs") / name
+    if not args.compare and set(",@") & set(str(args.output_dir)):
+        fail("--output_dir may not contain a comma or an @: --compare reads them")
+    if (args.judge == "model") != bool(args.judge_model_name_or_path):
+        fail("--judge model and --judge_model_name_or_path go together")
+    if args.judge_both_orders and args.judge != "model":
+        fail("--judge_both_orders goes with --judge model")
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     # A step's rows depend on their number alone, however many processes share them.
@@ -333,10 +316,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # The example whose answer is known: the prompt "Ada rolls 3d6" asks for three rolls of a six-sided
 # die, "416" is a completion, 11 its reward.
 
-NAMES = (
-    "Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre Rózsa "
-)
-NAMES += "Sofia Sophie Srinivasa Thomas"
+NAMES = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
+Rózsa Sofia Sophie Srinivasa Thomas"""
 
 
 def dice_rolls(seed: int) -> datasets.Dataset:
@@ -359,7 +340,7 @@ def parse_dice(prompt: str) -> tuple[int, int]:
 def dice_reward(prompt: str, completion: str) -> int | None:
     """The true reward: the sum of the faces, or None for what is not a roll of these dice."""
     dice, sides = parse_dice(prompt)
-    faces = [int(face) if face in "12345678" else 0 for face in completion]
+    faces = ["12345678".find(face) + 1 for face in completion]  # 0 for what is no face
     return sum(faces) if len(faces) == dice and all(1 <= face <= sides for face in faces) else None
 
 
@@ -382,9 +363,11 @@ def read_rows(args: argparse.Namespace) -> datasets.Dataset:
             revision = args.dataset_revision
             return datasets.load_dataset(name, split=args.dataset_split, revision=revision)
         (builder,) = builders
-        # CSV has no types: a completion "007" would become a number, and "NA" nothing at all.
-        texts = {"keep_default_na": False, "converters": {"prompt": str, "completion": str}}
-        options = texts if builder == "csv" else {}
+        # CSV has no types: a completion "007" would become a number, and "NA" nothing at all. JSON's
+        # are guessed chunk by chunk: rewards that start as whole numbers would have to remain so.
+        texts = dict.fromkeys(("prompt", "completion", "reward"), str)
+        options = {"keep_default_na": False, "converters": texts} if builder == "csv" else {}
+        options = {"chunksize": 2**30} if builder == "json" else options
         paths = [str(file) for file in files]
         return datasets.load_dataset(builder, data_files=paths, split="train", **options)
     except ConnectionError as error:
@@ -395,14 +378,9 @@ def read_rows(args: argparse.Namespace) -> datasets.Dataset:
         raise UserError(f"cannot read the dataset {name}: {reason[:300]}") from error
 
 
-TRIPLET_FEATURES = datasets.Features(
-    {
-        "prompt": datasets.Value("string"),
-        "completion": datasets.Value("string"),
-        "reward": datasets.Value("float64"),
-        "dropped": datasets.Value("string"),  # why the row cannot be used; None if it can
-    }
-)
+# The columns of a triplet, and why the row cannot be used, or None if it can.
+TYPES = {"prompt": "string", "completion": "string", "reward": "float64", "dropped": "string"}
+TRIPLET_FEATURES = datasets.Features({name: datasets.Value(kind) for name, kind in TYPES.items()})
 
 
 def ultrafeedback_triplets(batch: dict, reward_key: str) -> Iterator[tuple]:
@@ -418,7 +396,7 @@ def ultrafeedback_triplets(batch: dict, reward_key: str) -> Iterator[tuple]:
 
 def check_triplets(batch: dict, reward_key: str) -> dict:
     """Columns of TRIPLET_FEATURES from rows in either schema."""
-    if "prompt" in batch:
+    if batch.keys() >= {"prompt", "completion", "reward"}:
         triplets = zip(batch["prompt"], batch["completion"], batch["reward"], strict=True)
     else:
         triplets = ultrafeedback_triplets(batch, reward_key)
@@ -457,14 +435,9 @@ def load_triplets(args: argparse.Namespace, dropped: Counter | None = None) -> d
     if not ({"prompt", "completion", "reward"} <= names or {"instruction", "completions"} <= names):
         needs = "prompt, completion and reward, or UltraFeedback's instruction and completions"
         raise UserError(f"{args.dataset_name} has the columns {sorted(names)}: it needs {needs}")
-    rows = rows.map(
-        check_triplets,
-        fn_kwargs={"reward_key": args.reward_key},
-        batched=True,
-        remove_columns=rows.column_names,
-        features=TRIPLET_FEATURES,
-        desc="Reading triplets",
-    )
+    options = {"fn_kwargs": {"reward_key": args.reward_key}, "features": TRIPLET_FEATURES}
+    options |= {"remove_columns": rows.column_names, "desc": "Reading triplets"}
+    rows = rows.map(check_triplets, batched=True, **options)
     counts = Counter(cause for cause in rows["dropped"] if cause)
     usable = rows.filter(lambda cause: cause is None, input_columns="dropped", desc="Dropping rows")
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())) or "none"
@@ -519,25 +492,22 @@ class Side:
     triplets: datasets.Dataset  # prompt, completion, reward (raw), input_ids, labels
     rewards: Tensor  # (N,) normalised
     lengths: np.ndarray  # (N, 2) tokens of prompt and completion
-    fold_of: dict[str, int]  # each prompt's fold, in the order of the split; for the held-out side
+    fold_of: dict[str, int]  # the fold of each held-out prompt, in the order of the split
     ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
 
     def select(self, rows: np.ndarray) -> "Side":
-        return Side(
-            self.triplets.select(rows), self.rewards[rows], self.lengths[rows], self.fold_of
-        )
+        triplets = self.triplets.select(rows)
+        return Side(triplets, self.rewards[rows], self.lengths[rows], self.fold_of)
 
 
-def load_sides(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Side, Side, dict]:
+def load_sides(args: argparse.Namespace, tokenizer: Callable) -> tuple[Side, Side, dict]:
     """Triplets → prompt split → normalised rewards → tokens. Returns (train, eval, manifest)."""
     dropped = Counter()
     triplets = load_triplets(args, dropped)
-    prompts = set(triplets["prompt"])
+    all_prompts = triplets["prompt"][:]
     names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
     settings = {name: getattr(args, name) for name in names}
-    split = functools.partial(split_prompts, prompts, args.split_mode, **settings)
+    split = functools.partial(split_prompts, set(all_prompts), args.split_mode, **settings)
     train, held_out = split(eval_fold_index=args.eval_fold_index)
     indices = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
     folds = {fold: split(eval_fold_index=fold)[1] for fold in indices}
@@ -555,38 +525,35 @@ def load_sides(
     most = {"train": args.max_train_samples, "eval": args.max_eval_samples}
     tables = {}
     for side, prompts in prompts_of.items():
-        rows = [row for row, prompt in enumerate(triplets["prompt"]) if prompt in prompts]
+        rows = [row for row, prompt in enumerate(all_prompts) if prompt in prompts]
         tables[side] = table = triplets.select(rows[: most[side]])
         kept = sorted(set(table["prompt"]))
         manifest[f"{side}_rows"], manifest[f"{side}_prompts"] = len(table), len(kept)
         manifest[f"{side}_prompts_sha256"] = sha256(*kept)
     # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
     # statistics that include the held-out rewards would leak them.
-    rewards = np.array(tables["train"]["reward"])
-    mean, std = float(rewards.mean()), float(rewards.std())
-    if std == 0:
-        raise UserError(
-            f"all {len(rewards)} training rewards are {mean}: there is nothing to learn"
-        )
+    raw = np.array(tables["train"]["reward"])
+    mean, std = float(raw.mean()), float(raw.std())
+    if raw.min() == raw.max():
+        raise UserError(f"all {len(raw)} training rewards are {mean}: there is nothing to learn")
     manifest["reward_mean"], manifest["reward_std"] = mean, std
+    longest_x, longest_y = args.max_prompt_length, args.max_completion_length
 
     def tokenize(batch: dict) -> dict:
         # Not the tokenizer's own truncation: it appends EOS after the cut, which would teach the
         # policy to stop in mid-sentence. A long prompt keeps its end, EOS included; a long
         # completion loses it.
         x, y = tokenizer(batch["prompt"]).input_ids, tokenizer(batch["completion"]).input_ids
-        return {
-            "input_ids": [ids[-args.max_prompt_length :] for ids in x],
-            "labels": [ids[: args.max_completion_length] for ids in y],
-        }
+        x, y = [ids[-longest_x:] for ids in x], [ids[:longest_y] for ids in y]
+        return {"input_ids": x, "labels": y}
 
-    sides = []
+    fold_of = {prompt: fold for fold in folds for prompt in folds[fold]}
+    fold_of, sides = {prompt: fold_of[prompt] for prompt in held_out}, []
     for table in tables.values():
         table = table.map(tokenize, batched=True, desc="Tokenising")
-        rewards = ((torch.tensor(table["reward"]) - mean) / std).float()
-        lengths = [list(map(len, table[column])) for column in ("input_ids", "labels")]
-        fold_of = {prompt: fold for fold in folds for prompt in folds[fold]}
-        sides.append(Side(table, rewards, np.array(lengths).T, {p: fold_of[p] for p in held_out}))
+        rewards = (torch.tensor(table["reward"][:], dtype=torch.float64) - mean) / std
+        lengths = np.array([[len(ids) for ids in table[x]] for x in ("input_ids", "labels")]).T
+        sides.append(Side(table, rewards.float(), lengths, fold_of))
     return *sides, manifest
 
 
@@ -601,9 +568,8 @@ def stream_rows(num_rows: int, batch_size: int, steps: Iterable[int], seed: int)
         return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
     for step in steps:
-        epochs, positions = np.divmod(
-            np.arange((step - 1) * batch_size, step * batch_size), num_rows
-        )
+        numbers = np.arange((step - 1) * batch_size, step * batch_size)
+        epochs, positions = np.divmod(numbers, num_rows)
         yield np.concatenate([permutation(e)[positions[epochs == e]] for e in np.unique(epochs)])
 
 
@@ -643,16 +609,17 @@ def loading(source: str | Path) -> Iterator[None]:
     """Turns what goes wrong while a model is loaded into a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # missing, damaged, unreachable: as many types as causes
         hint = "give a hub name or a folder with a model; without network, try --dice"
         raise UserError(f"cannot load the model {source} ({str(error)[:200]}): {hint}") from error
 
 
-def load_policy(
-    args: argparse.Namespace, source: str | Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load_policy(args: argparse.Namespace, source: str | Path) -> Policy:
     """The policy and its tokenizer, from the hub, a folder, or tiny and random for "dice".
 
     Raises UserError if they cannot be loaded or are not an encoder-decoder of the T5 family.
@@ -694,9 +661,8 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     row, position = (labels != -100).nonzero(as_tuple=True)  # of the N real tokens
     decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
     tensors = (row, position, labels[row, position], decoder_input_ids)
-    row, position, targets, decoder_input_ids = (
-        tensor.to(model.device, non_blocking=True) for tensor in tensors
-    )
+    tensors = (tensor.to(model.device, non_blocking=True) for tensor in tensors)
+    row, position, targets, decoder_input_ids = tensors
     with head_reads(model, lambda hidden: hidden[row, position]):
         logits = model(
             input_ids=batch["input_ids"],
@@ -746,9 +712,8 @@ class ValueModel(nn.Module):
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
         mask = attention_mask.unsqueeze(-1)
         pooled = (encoded.last_hidden_state.float() * mask).sum(1) / mask.sum(1)  # (B, width)
-        return (pooled * (self.head[0] - self.head[1])).sum(
-            -1
-        )  # no matmul: autocast would round it
+        # Not a matrix product, which autocast would round.
+        return (pooled * (self.head[0] - self.head[1])).sum(-1)
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -809,8 +774,8 @@ class Run:
     args: argparse.Namespace
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: Side
-    eval: Side
+    train_side: Side
+    eval_side: Side
     manifest: dict
     step: int
     value_model: ValueModel | None = None  # from step 0 on
@@ -836,7 +801,7 @@ class Run:
 
 def pool(window: dict[str, list]) -> dict[str, Tensor]:
     """Each name's tensors and numbers, of all processes, in one CPU tensor."""
-    flat = lambda values: torch.cat([torch.as_tensor(v).reshape(-1) for v in values]).cpu()
+    flat = lambda values: torch.cat([torch.as_tensor(v).reshape(-1).cpu() for v in values])
     parts = gather({name: flat(values) for name, values in window.items()})
     return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
 
@@ -848,11 +813,11 @@ def check_finite(run: Run, pooled: dict[str, Tensor]) -> None:
     if bad:
         first = run.step - len(pooled["seconds"]) + 1
         steps = f"step {run.step}" if first == run.step else f"steps {first} to {run.step}"
-        prompts = run.train.triplets[pooled["row"][:3].numpy()]["prompt"]
+        prompts = run.train_side.triplets[pooled["row"][:3].numpy()]["prompt"]
         shown = "; ".join(repr(prompt[:80]) for prompt in prompts)
         raise FloatingPointError(
-            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of it "
-            "was saved; try a lower --learning_rate or --max_grad_norm 1"
+            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of "
+            "it was saved; try a lower --learning_rate or --max_grad_norm 1"
         )
 
 
@@ -884,7 +849,8 @@ def summarise(pooled: dict[str, Tensor], tau: float) -> dict[str, float | None]:
 SHOWN = {
     "sft_loss": "loss", "loss": "loss", "residual_mean": "residual mean", "residual_std": "std",
     "value_explained_variance": "V explains", "log_ratio_mean": "log π/π_ref",
-    "step_seconds": "s/step", "tokens_per_second": "tokens/s", "reference_seconds": "seconds for π_ref",
+    "step_seconds": "s/step", "tokens_per_second": "tokens/s",
+    "reference_seconds": "seconds for π_ref",
 }  # fmt: skip
 
 
@@ -893,8 +859,9 @@ def log(run: Run, metrics: dict[str, float | None]) -> None:
     if RANK == 0:
         with (run.args.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    shown = {SHOWN.get(name.removeprefix("eval_")): value for name, value in metrics.items()}
-    numbers = [f"{name} {value:.4g}" for name, value in shown.items() if name and value is not None]
+    shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    shown = {SHOWN[name]: shown[name] for name in SHOWN if shown.get(name) is not None}
+    numbers = [f"{name} {value:.4g}" for name, value in shown.items()]
     held_out = " held out" if "eval_loss" in metrics else ""
     say(f"step {run.step:>5}{held_out}: {', '.join(numbers)}")
 
@@ -918,16 +885,19 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines that were written whole. (`splitlines` would also split inside of texts.)"""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_jsonl(path: Path, lines: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-", 1)[1]))
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints by their step, oldest first."""
+    names = re.compile(r"checkpoint-(-?\d+)")
+    found = {int(m[1]): path for path in folder.iterdir() if (m := names.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def save_networks(run: Run, folder: Path) -> None:
@@ -954,9 +924,12 @@ def save_checkpoint(run: Run) -> None:
     with atomic(folder) as temporary:
         save_networks(run, temporary)
         optimizer = run.optimizer.state_dict() if run.optimizer else None
-        torch.save({"optimizer": optimizer, "window": window}, temporary / "training_state.pt")
+        try:
+            torch.save({"optimizer": optimizer, "window": window}, temporary / "training_state.pt")
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"cannot write {folder}: {error}") from error
     if run.args.save_total_limit:
-        for old in checkpoints(run.args.output_dir)[: -run.args.save_total_limit]:
+        for old in [*checkpoints(run.args.output_dir).values()][: -run.args.save_total_limit]:
             half_deleted = old.rename(old.with_name(f".{old.name}.tmp"))  # is not complete
             shutil.rmtree(half_deleted)
 
@@ -988,12 +961,12 @@ def make_optimizer(run: Run, sft: bool) -> Callable[[int], float]:
 
 def train(run: Run, last: int) -> Iterator[int]:
     """The loop, from run.step to `last`: SFT up to step 0, DRO-V after it. Yields each step."""
-    args, side, sft = run.args, run.train, run.step < 0
+    args, side, sft = run.args, run.train_side, run.step < 0
     begun = -args.sft_steps if sft else 0  # the step at which this optimiser's life began
     schedule = make_optimizer(run, sft)
     if run.step > begun:  # resumed
         file = args.output_dir / f"checkpoint-{run.step}" / "training_state.pt"
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         run.optimizer.load_state_dict(state["optimizer"])
         run.window.update((name, [values]) for name, values in state["window"].items() if RANK == 0)
     groups = run.optimizer.param_groups
@@ -1015,13 +988,12 @@ def train(run: Run, last: int) -> Iterator[int]:
                     record = {"nll": row_loss, "completion_tokens": side.lengths[micro, 1]}
                 else:
                     values = run.value_model(batch["input_ids"], batch["attention_mask"])
-                    logps = policy_logps, side.ref_logps[micro].to(values.device)
+                    ref_logps = side.ref_logps[micro].to(values.device)
                     rewards = side.rewards[micro].to(values.device)
-                    policy_loss, value_loss, residual = dro_v_loss(
-                        *logps, values, rewards, args.tau
-                    )
+                    losses = dro_v_loss(policy_logps, ref_logps, values, rewards, args.tau)
+                    policy_loss, value_loss, residual = losses
                     row_loss = policy_loss + value_loss
-                    log_ratio = logps[0] - logps[1]
+                    log_ratio = policy_logps - ref_logps
                     record = {"residual": residual, "log_ratio": log_ratio, "reward": rewards}
             # The divisor is the whole batch's: cutting the batch changes no gradient.
             (row_loss.sum() / divisor).backward()
@@ -1089,27 +1061,28 @@ def fix_reference(run: Run) -> None:
     No copy of the policy is kept, and no step runs one. A resumed run finds the numbers on disk.
     """
     args, file = run.args, run.args.output_dir / "reference_logps.safetensors"
-    known = gather(file.exists())[0]
-    if not known:
+    if gather(file.exists())[0]:
+        logps = load_file(file)
+    elif run.step > 0:
+        raise UserError(f"{file} is gone, and π_ref with it: start again in another --output_dir")
+    else:
         save_checkpoint(run)  # checkpoint-0 is π_ref
-        total, size = len(run.train.rewards), args.train_batch_size
+        total, size = len(run.train_side.rewards), args.train_batch_size
         visited = np.arange(total)
         if args.max_steps * size < total:  # score no row that is not going to be used
             steps = stream_rows(total, size, range(1, args.max_steps + 1), args.seed)
             visited = np.concatenate([visited[:0], *steps])
         started = time.perf_counter()
         log_prob = functools.partial(sequence_logps, run.policy)
-        logps = {"train": score(run, run.train, visited, log_prob, "π_ref on training rows")}
+        logps = {"train": score(run, run.train_side, visited, log_prob, "π_ref on training rows")}
         log(run, {"reference_seconds": time.perf_counter() - started})
         if not args.overfit_one_batch:
-            held_out = np.arange(len(run.eval.rewards))
-            logps["eval"] = score(run, run.eval, held_out, log_prob, "π_ref on held-out rows")
+            held_out = np.arange(len(run.eval_side.rewards))
+            logps["eval"] = score(run, run.eval_side, held_out, log_prob, "π_ref on held-out rows")
         if RANK == 0:
             with atomic(file) as temporary:
                 save_file(logps, temporary)
-    else:
-        logps = load_file(file)
-    run.train.ref_logps, run.eval.ref_logps = logps["train"], logps.get("eval")
+    run.train_side.ref_logps, run.eval_side.ref_logps = logps["train"], logps.get("eval")
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
     encoder = run.policy.get_encoder()
     encoder = encoder if args.share_policy_and_value_backbone else copy.deepcopy(encoder)
@@ -1121,7 +1094,7 @@ def fix_reference(run: Run) -> None:
 
 def evaluate(run: Run) -> dict:
     """Log the held-out metrics as eval_…; returns them, each fold's, and log π and V (N,)."""
-    side = run.eval
+    side = run.eval_side
 
     def both(batch: dict[str, Tensor]) -> Tensor:
         values = run.value_model(batch["input_ids"], batch["attention_mask"])
@@ -1149,7 +1122,7 @@ def generate(run: Run) -> None:
 
     The samples of a batch are seeded by its prompts: they depend on no other batch and on no step.
     """
-    args, side = run.args, run.eval
+    args, side = run.args, run.eval_side
     row_of = {prompt: row for row, prompt in enumerate(side.triplets["prompt"])}  # any row will do
     by_length = lambda prompt: -side.lengths[row_of[prompt], 0]
     prompts = sorted(row_of, key=by_length)
@@ -1194,7 +1167,7 @@ def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.n
 
 def dice_report(run: Run, final: dict) -> dict:
     """Print SFT, policy and optimum side by side; returns the same numbers."""
-    tau, side, folder = run.args.tau, run.eval, run.args.output_dir
+    tau, side, folder = run.args.tau, run.eval_side, run.args.output_dir
     statistics = run.manifest["reward_mean"], run.manifest["reward_std"]
     sft = read_jsonl(folder / "generations-0.jsonl")
     policy = read_jsonl(folder / f"generations-{run.step}.jsonl")
@@ -1205,13 +1178,13 @@ def dice_report(run: Run, final: dict) -> dict:
         rewards = [reward for roll in rolls if (reward := dice_reward(*roll)) is not None]
         mean = float(np.mean(rewards)) if rewards else math.nan
         results[name] = {"reward": mean, "valid": len(rewards) / len(rolls)}
-    mean_roll = lambda pi: float(pi @ np.arange(1, len(pi) + 1))
-    for name, face in (
-        ("optimum", lambda pi: pi),
-        ("fair", lambda pi: np.full(len(pi), 1 / len(pi))),
-    ):
-        means = [parse_dice(prompt)[0] * mean_roll(face(pi)) for prompt, (pi, _) in optimum.items()]
-        results[name] = {"reward": float(np.mean(means))}
+    best, fair = [], []
+    for prompt, (pi, _) in optimum.items():
+        dice, sides = parse_dice(prompt)
+        best.append(dice * float(pi @ np.arange(1, sides + 1)))
+        fair.append(dice * (sides + 1) / 2)
+    for name, rewards in (("optimum", best), ("fair", fair)):
+        results[name] = {"reward": float(np.mean(rewards))}
     value_of = dict(zip(side.triplets["prompt"], final["values"].tolist()))
     errors = [value_of[prompt] - best for prompt, (_, best) in optimum.items()]
     results["value_rmse"] = float(np.sqrt(np.mean(np.square(errors))))
@@ -1224,12 +1197,9 @@ def dice_report(run: Run, final: dict) -> dict:
     if row_of:
         say(f"\n{shown!r}, never trained on: the probability of each face at τ = {tau:g}")
     for face in sorted(row_of):
-        row, best = row_of[face], optimum[shown][0][int(face) - 1]
-        reference, learnt = (
-            side.ref_logps[row].exp().item(),
-            final["policy_logps"][row].exp().item(),
-        )
-        for label, p in ((f"{face}  π_ref", reference), ("   π_θ  ", learnt), ("   π*   ", best)):
+        exact = optimum[shown][0][int(face) - 1]
+        before, after = (x[row_of[face]].exp() for x in (side.ref_logps, final["policy_logps"]))
+        for label, p in ((f"{face}  π_ref", before), ("   π_θ  ", after), ("   π*   ", exact)):
             say(f"{label} {p:6.1%} {'█' * round(60 * p)}")
     say(f"\nOn held-out prompts, {len(sft) * len(sft[0]['completions'])} rolls each:")
     say(f"{'':<12}{'mean reward':>12}{'valid rolls':>13}")
@@ -1277,10 +1247,8 @@ def load_answers(policy: str) -> tuple[dict[tuple[int, str], list[str]], list[tu
             file = Path(path) / "prompt_split_manifest.json"
             manifest = json.loads(file.read_text(encoding="utf-8"))
             lines = read_jsonl(Path(path) / f"generations-{step or args['max_steps']}.jsonl")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{name} is not a finished run or RUN@STEP with answers: {error}"
-            ) from None
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{name} is no finished run or RUN@STEP: {error}") from None
         names = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "temperature")
         names += ("top_p", "max_new_tokens", "num_return_sequences", "max_prompt_length")
         runs.append((name, {key: args[key] for key in names} | {"held_out": manifest["held_out"]}))
@@ -1288,9 +1256,7 @@ def load_answers(policy: str) -> tuple[dict[tuple[int, str], list[str]], list[tu
         for line in lines:
             key = (line["fold"], line["prompt"])
             if sha256(line["prompt"])[:16] not in held_out:
-                raise UserError(
-                    f"{name} answers a prompt that it did not hold out: {key[1][:80]!r}"
-                )
+                raise UserError(f"{name} answers a prompt it did not hold out: {key[1][:80]!r}")
             if key in answers:
                 raise UserError(f"{policy}: fold {key[0]} is answered twice, again by {name}")
             answers[key] = line["completions"]
@@ -1331,20 +1297,19 @@ class ModelJudge:
             dtype = torch.bfloat16 if args.bf16 else torch.float32
             self.model = kind.from_pretrained(source, dtype=dtype).to(device()).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.tokenizer.padding_side = "left" if self.decoder_only else "right"
+        self.tokenizer.padding_side = "right"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        self.letters = [
-            sorted({encode(x)[-1], encode(f" {x}")[-1]}) for x in "AB"
-        ]  # of any spelling
+        # A letter's tokens, with a space before it and without.
+        self.letters = [sorted({encode(x)[-1], encode(f" {x}")[-1]}) for x in "AB"]
         if set(self.letters[0]) & set(self.letters[1]):
             raise UserError(f"{source} cannot judge: its tokenizer does not tell A from B")
-        longest = (
-            self.tokenizer.model_max_length,
-            getattr(self.config, "max_position_embeddings", None),
-        )
-        longest = min(n for n in (*longest, 4096) if n)
-        self.part = (longest - len(self.encode({"prompt": "", "A": "", "B": ""})) - 8) // 3
+        longest = getattr(self.config, "max_position_embeddings", None) or 4096
+        longest = min(longest, self.tokenizer.model_max_length, 4096)
+        # Each of the three texts gets a third of what JUDGE_PROMPT leaves, less some for the seams.
+        self.part = math.inf
+        empty = len(self.encode({"prompt": "", "A": "", "B": ""}))
+        self.part = (longest - empty - 8) // 3
         if self.part < 1:
             raise UserError(f"{source} cannot judge: it reads only {longest} tokens")
 
@@ -1353,7 +1318,7 @@ class ModelJudge:
         texts = {}
         for name in ("prompt", "A", "B"):
             ids = self.tokenizer.encode(pair[name], add_special_tokens=False)
-            cut = pair[name] and len(ids) > self.part
+            cut = len(ids) > self.part
             texts[name] = self.tokenizer.decode(ids[: self.part]) if cut else pair[name]
         text = JUDGE_PROMPT.format(**texts)
         if not self.tokenizer.chat_template:
@@ -1369,14 +1334,15 @@ class ModelJudge:
         verdicts = np.zeros(len(pairs))
         for first in progress(range(0, len(order), self.batch_size), "Judging"):
             rows = order[first : first + self.batch_size]
-            batch = self.tokenizer.pad(
-                {"input_ids": [inputs[row] for row in rows]}, return_tensors="pt"
-            )
-            batch = batch.to(self.model.device)
+            batch = {"input_ids": [inputs[row] for row in rows]}
+            batch = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)
+            last = batch["attention_mask"].sum(1) - 1  # where a decoder-only model answers
             if not self.decoder_only:
                 start = self.config.decoder_start_token_id
                 batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
-            with head_reads(self.model, lambda hidden: hidden[:, -1]):
+                last = torch.zeros_like(last)
+            answering = functools.partial(lambda last, h: h[torch.arange(len(h)), last], last)
+            with head_reads(self.model, answering):
                 logits = self.model(**batch, use_cache=False).logits.float()  # (b, vocabulary)
             a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
             verdicts[rows] = (torch.sign(a - b).cpu().numpy() + 1) / 2
@@ -1387,9 +1353,9 @@ def read_verdicts(file: Path, pairs: list[dict]) -> np.ndarray:
     """1 where the file's `winner` is A, 0 where it is B, ½ for a tie, NaN where it says nothing."""
     scores, known, unknown, repeated = {}, {pair["id"] for pair in pairs}, 0, 0
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read --verdicts {file}: {error.strerror}") from None
+        lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read --verdicts {file}: {error}") from None
     for number_of_line, line in enumerate(lines, start=1):
         try:
             verdict = json.loads(line)
@@ -1436,24 +1402,20 @@ def win_rates(pairs: list[dict], scores: np.ndarray, seed: int, resamples: int =
         total = counts.sum()
         # Drawing `total` prompts with replacement is drawing how often each distinct score comes up.
         bootstrap.append(rng.multinomial(total, counts / total, size=resamples) @ values / total)
-        tally = {
-            "wins": counts[values > 0.5],
-            "ties": counts[values == 0.5],
-            "losses": counts[values < 0.5],
+        folds[str(fold)] = {
+            "win_rate": float(values @ counts / total),
+            "prompts": int(total),
+            "wins": int(counts[values > 0.5].sum()),
+            "ties": int(counts[values == 0.5].sum()),
+            "losses": int(counts[values < 0.5].sum()),
         }
-        folds[str(fold)] = {"win_rate": float(values @ counts / total), "prompts": int(total)}
-        folds[str(fold)] |= {name: int(numbers.sum()) for name, numbers in tally.items()}
     rates = [fold["win_rate"] for fold in folds.values()]
-    result = {
-        "win_rate": float(np.mean(rates)),
-        "std": float(np.std(rates, ddof=1)) if len(rates) > 1 else None,
-    }
+    spread = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
+    result = {"win_rate": float(np.mean(rates)), "std": spread}
     result["interval"] = np.quantile(np.mean(bootstrap, axis=0), [0.025, 0.975]).tolist()
-    totals = {
-        name: sum(fold[name] for fold in folds.values())
-        for name in ("prompts", "wins", "ties", "losses")
-    }
-    return result | totals | {"folds": folds}
+    for name in ("prompts", "wins", "ties", "losses"):
+        result[name] = sum(fold[name] for fold in folds.values())
+    return result | {"folds": folds}
 
 
 def report_win_rates(ours: str, theirs: str, result: dict) -> None:
@@ -1483,9 +1445,7 @@ def compare(args: argparse.Namespace) -> dict | None:
         for key in settings:
             if settings[key] != other[key]:
                 values = "" if key == "held_out" else f": {settings[key]} and {other[key]}"
-                raise UserError(
-                    f"{first} and {name} cannot be compared: they differ in {key}{values}"
-                )
+                raise UserError(f"{first} and {name} do not compare: they differ in {key}{values}")
     if ours.keys() != theirs.keys():
         folds = [sorted({fold for fold, _ in answers}) for answers in (ours, theirs)]
         numbers = f"{len(ours)} in folds {folds[0]} and {len(theirs)} in folds {folds[1]}"
@@ -1496,23 +1456,21 @@ def compare(args: argparse.Namespace) -> dict | None:
     judge = judge or ("reward" if settings["dataset_name"] == "dice" else "file")
     if judge == "reward":
         if settings["dataset_name"] != "dice":
-            raise UserError(
-                "--judge reward needs a true reward, which only dice have: try --judge model"
-            )
+            raise UserError("--judge reward needs a true reward, which only dice have")
         judge = judge_by_reward
     elif judge == "model":
         judge = ModelJudge(args)
     elif args.verdicts:
         judge = functools.partial(read_verdicts, args.verdicts)
     else:
-        write_jsonl(
-            folder / "pairs.jsonl", ({k: p[k] for k in ("id", "prompt", "A", "B")} for p in pairs)
+        seen = [{name: p[name] for name in ("id", "prompt", "A", "B")} for p in pairs]
+        write_jsonl(folder / "pairs.jsonl", seen)
+        key = [{"id": pair["id"], "policy_1_is": pair["ours"]} for pair in pairs]
+        write_jsonl(folder / "key.jsonl", key)
+        form = '{"id": …, "winner": "A", "B" or "tie"}'
+        say(
+            f"judge the {len(pairs)} pairs in {folder / 'pairs.jsonl'}, then give --verdicts FILE, {form}"
         )
-        write_jsonl(
-            folder / "key.jsonl", ({"id": p["id"], "policy_1_is": p["ours"]} for p in pairs)
-        )
-        say(f"{len(pairs)} pairs to judge are in {folder / 'pairs.jsonl'}; go on with --verdicts FILE, "
-            'a line {"id": …, "winner": "A", "B" or "tie"} for each')  # fmt: skip
         return None
     result = win_rates(pairs, judge_pairs(pairs, judge, args.judge_both_orders), args.seed)
     report_win_rates(*args.compare, result)
@@ -1522,16 +1480,10 @@ def compare(args: argparse.Namespace) -> dict | None:
 
 # ----------------------------------------------------------------------------------------- main
 
-RUN_FILES = (
-    "args.json",
-    "config.json",
-    "model.safetensors",
-    "checkpoint-*",
-)  # any of them: a run is here
-STALE_FILES = (  # what must not outlive the run that is replaced
-    *RUN_FILES, ".*.tmp", "value_model", "metrics.jsonl", "generations-*.jsonl", "results.json",
-    "reference_logps.safetensors",
-)  # fmt: skip
+# Any of these: a run, or a model, is here. All that may not outlive a run that is replaced.
+RUN_FILES = ("args.json", "config.json", "model.safetensors", "checkpoint-*")
+STALE_FILES = (*RUN_FILES, ".*.tmp", "value_model", "metrics.jsonl", "generations-*.jsonl")
+STALE_FILES += ("results.json", "win_rates.json", "reference_logps.safetensors")
 
 
 def as_saved(content: dict) -> dict:
@@ -1549,32 +1501,33 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
         raise UserError(f"cannot write in --output_dir {folder}: {error.strerror}") from error
     if folder.resolve() == Path(args.model_name_or_path).resolve():
         raise UserError(f"--output_dir {folder} is the model to start from: give another folder")
-    if not args.resume:
-        if not args.overwrite_output_dir and any(any(folder.glob(name)) for name in RUN_FILES):
-            raise UserError(
-                f"{folder} holds a run or a model already: --resume goes on with it, "
-                "--overwrite_output_dir replaces it, another --output_dir leaves it alone"
-            )
-        return None
-    if not checkpoints(folder):
+    holds = {name for name in RUN_FILES if any(folder.glob(name))}
+    if args.resume and holds <= {"args.json"}:
         say(f"{folder} holds no complete checkpoint: starting afresh")
+        return None
+    found = [*checkpoints(folder).values()]
+    if not args.overwrite_output_dir and holds and not (args.resume and found):
+        raise UserError(
+            f"{folder} holds a run or a model: --resume goes on from a checkpoint in it, "
+            "--overwrite_output_dir replaces it, another --output_dir leaves it alone"
+        )
+    if not args.resume:
         return None
     saved = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
     given = as_saved(vars(args))
-    names = [
-        name for name in given if name not in FREE_ON_RESUME and given[name] != saved.get(name)
-    ]
+    names = [name for name in given.keys() - FREE_ON_RESUME if given[name] != saved.get(name)]
     if names:
-        changes = ", ".join(
-            f"--{name} was {saved.get(name)} and is {given[name]}" for name in names
-        )
+        changes = (f"{name} was {saved.get(name)} and is {given[name]}" for name in sorted(names))
+        changes = ", ".join(changes)
         raise UserError(f"--resume needs the interrupted run's arguments: {changes}")
-    return checkpoints(folder)[-1]
+    return found[-1]
 
 
 def start(args: argparse.Namespace) -> Run:
     """Load everything, check everything, and only then touch what the output folder holds."""
     checkpoint = check_output_dir(args)
+    if args.model_name_or_path == "dice":
+        torch.set_num_threads(1)  # so small a model is no faster with more
     if RANK > 0:
         gather(None)  # the first process fills the caches that the others read
     policy, tokenizer = load_policy(args, checkpoint or args.model_name_or_path)
@@ -1583,10 +1536,7 @@ def start(args: argparse.Namespace) -> Run:
         gather(None)
     args.micro_batch_tokens = args.micro_batch_tokens or token_budget(args, policy.config)
     if args.overfit_one_batch:
-        batch_size = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE
-        )
-        rows = next(stream_rows(len(train_side.rewards), batch_size, [1], args.seed))
+        rows = next(stream_rows(len(train_side.rewards), args.train_batch_size, [1], args.seed))
         train_side = train_side.select(np.unique(rows))
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
@@ -1594,30 +1544,25 @@ def start(args: argparse.Namespace) -> Run:
     run = Run(args, policy, tokenizer, train_side, eval_side, manifest, step=-args.sft_steps)
     folder, manifest_file = args.output_dir, args.output_dir / "prompt_split_manifest.json"
     if checkpoint:
-        run.step = int(checkpoint.name.split("-", 1)[1])
+        run.step = max(checkpoints(folder))
         if json.loads(manifest_file.read_text(encoding="utf-8")) != as_saved(manifest):
-            raise UserError(
-                f"the data are not those of the interrupted run: compare with {manifest_file}"
-            )
+            raise UserError(f"the data have changed since the interrupted run: see {manifest_file}")
         say(f"going on from {checkpoint}")
-    gather(None)  # all have checked; now the first may write
+    if len(set(gather(run.step))) > 1:  # and after this meeting, the first process may write
+        raise UserError(f"the processes see different checkpoints: is {folder} shared by all?")
     if RANK > 0:
         return run
     if checkpoint:  # this step's evaluation, and all that was logged after it, comes again
-        seen = lambda line: (
-            line["step"] < run.step or line["step"] == run.step and "eval_loss" not in line
-        )
-        write_jsonl(folder / "metrics.jsonl", filter(seen, read_jsonl(folder / "metrics.jsonl")))
+        kept = lambda line: line["step"] < run.step + ("eval_loss" not in line)
+        write_jsonl(folder / "metrics.jsonl", filter(kept, read_jsonl(folder / "metrics.jsonl")))
         return run
     for path in itertools.chain.from_iterable(folder.glob(name) for name in STALE_FILES):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(manifest_file, manifest)
-    versions = {
-        module.__name__: module.__version__ for module in (torch, transformers, datasets, np)
-    }
-    write_json(
-        folder / "args.json", {"args": vars(args), "versions": {"python": sys.version, **versions}}
-    )
+    write_jsonl(folder / "metrics.jsonl", [])
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
+    versions["python"] = sys.version
+    write_json(folder / "args.json", {"args": vars(args), "versions": versions})
     return run
 
 
@@ -1650,9 +1595,10 @@ def reproduce(run: Run) -> None:
         return
     export(run)
     if args.overfit_one_batch:
-        first, *_, last = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+        lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
+        first, last = lines[0], lines[-1]
         say(
-            f"one batch of {len(run.train.rewards)} triplets, {args.max_steps} steps: "
+            f"one batch of {len(run.train_side.rewards)} triplets, {args.max_steps} steps: "
             f"loss {first['loss']:.4g} at the start, {last['loss']:.4g} at the end; "
             f"residual's standard deviation {last['residual_std']:.4g}"
         )
@@ -1672,7 +1618,7 @@ def keep_freed_memory() -> None:
     By default glibc returns blocks of over 32 MB, such as logits, to the system, which hands them
     out again page by page and cleared: a seventh of a training step (README, "Speed").
     """
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):  # elsewhere there is no such thing
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
@@ -1693,7 +1639,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, run, handlers = parse_args(argv), None, {}
     flags = sys.argv[1:] if argv is None else argv
     flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
-    go_on = f"go on with: {shlex.join(['python', 'drov.py', *flags, '--resume'])}"
+    program = "python" if WORLD_SIZE == 1 else "torchrun …"
+    go_on = f"go on with: {program} drov.py {shlex.join([*flags, '--resume'])}"
     stop_signals.clear()
     meet_processes()
     try:
@@ -1703,20 +1650,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = start(args)
         for signum in (signal.SIGINT, signal.SIGTERM):
             handlers[signum] = signal.signal(signum, request_stop)
-        reproduce(run)
+        try:
+            reproduce(run)
+        except Stopped:
+            save_checkpoint(run)
+            gather(None)  # the others may not leave before the first has written
+            fail(f"stopped at step {run.step}, with a checkpoint; {go_on}", 128 + stop_signals[0])
     except UserError as error:
         fail(error)
-    except Stopped:
-        save_checkpoint(run)
-        gather(None)  # the others may not leave before the first has written
-        fail(f"stopped at step {run.step}, with a checkpoint; {go_on}", 128 + stop_signals[0])
     except KeyboardInterrupt:
         fail(f"stopped at once; {go_on}", 128 + signal.SIGINT)
     except FloatingPointError as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
-        tokens = args.micro_batch_tokens
-        fail(f"out of GPU memory with --micro_batch_tokens {tokens}: try {tokens // 2}; {go_on}", 1)
+        budgets = {"--per_device_eval_batch_size": args.per_device_eval_batch_size}
+        if not args.compare:
+            budgets["--micro_batch_tokens"] = args.micro_batch_tokens
+        tries = " and ".join(f"{flag} {size // 2} (was {size})" for flag, size in budgets.items())
+        fail(f"out of GPU memory: try {tries}; what was complete is kept: --resume", 1)
     except (OSError, SafetensorError) as error:  # a full disk, most likely
         fail(f"{error}. What was complete is kept; {go_on}", 1)
     finally:

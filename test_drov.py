@@ -184,7 +184,7 @@ def test_sequence_logps_sum_the_tokens_one_by_one_and_ignore_padding(t5):
 
 def test_the_policy_starts_at_the_reference(flags):
     run = prepared(flags)
-    side, all_rows = run.train, np.arange(len(run.train.rewards))
+    side, all_rows = run.train_side, np.arange(len(run.train_side.rewards))
     again = drov.score(
         run, side, all_rows, lambda batch: drov.sequence_logps(run.policy, batch), ""
     )
@@ -433,7 +433,7 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_bit(flags, tmp_path, capsys):
     assert code == -signal.SIGKILL
     said, code = interrupt([*program, "--resume"], signal.SIGTERM, after=10)
     assert code == 128 + signal.SIGTERM and "with a checkpoint; go on with: python drov.py" in said
-    assert "--max_steps was 30 and is 31" in fails(capsys, *flags, "--max_steps", 31, "--resume")
+    assert "max_steps was 30 and is 31" in fails(capsys, *flags, "--max_steps", 31, "--resume")
     assert "holds a run" in fails(capsys, *flags)
     drov.main([*flags, "--resume"])
     files = (
@@ -479,11 +479,7 @@ def test_a_run_leaves_every_file_and_a_policy_that_loads_and_generates(flags, tm
     assert set(json.loads((folder / "results.json").read_text())["folds"]) == {"0", "1"}
     value_model = drov.ValueModel(policy.get_encoder())
     drov.load_model(value_model, folder / "value_model" / "model.safetensors")
-    assert [p.name for p in drov.checkpoints(folder)] == [
-        "checkpoint-0",
-        "checkpoint-2",
-        "checkpoint-4",
-    ]
+    assert [*drov.checkpoints(folder)] == [0, 2, 4]
 
 
 def test_answers_depend_on_their_batch_and_seed_alone(flags, tmp_path):
@@ -506,7 +502,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(flags, tmp_path, caps
     )
     assert "not finite in steps 1 to 2" in error or "not finite in steps 3 to 4" in error
     assert "say " in error and "words" in error  # some of its prompts
-    for checkpoint in drov.checkpoints(tmp_path / "run"):
+    for checkpoint in drov.checkpoints(tmp_path / "run").values():
         model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
@@ -805,7 +801,7 @@ def test_dice_runs_are_compared_fold_by_fold_and_bad_comparisons_are_refused(tmp
     assert "they differ in held_out" in refused(both, seed)
     assert "did not answer the same prompts" in refused(both, single[0])
     assert "fold 0 is answered twice" in refused(both, f"{single[0]},{single[0]}")
-    assert "is not a finished run" in refused(both, f"{both}@3")
+    assert "is no finished run" in refused(both, f"{both}@3")
     lines = drov.read_jsonl(tmp_path / "other" / "generations-4.jsonl")
     drov.write_jsonl(
         tmp_path / "other" / "generations-4.jsonl", [*lines[1:], lines[0] | {"prompt": "new"}]
@@ -846,7 +842,7 @@ def test_verdicts_of_a_file_are_unblinded_and_bad_ones_named(flags, tmp_path, ca
     assert "line 2: " in fails(capsys, *compare, "--verdicts", file)
     assert "cannot read" in fails(capsys, *compare, "--verdicts", tmp_path / "none")
     assert "only dice have" in fails(capsys, *compare, "--judge", "reward")
-    assert "needs --judge_model_name_or_path" in fails(capsys, *compare, "--judge", "model")
+    assert "--judge_model_name_or_path go together" in fails(capsys, *compare, "--judge", "model")
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
@@ -867,7 +863,14 @@ def test_a_model_judges_by_its_log_probabilities_and_sees_no_name(kind, t5, tmp_
         }
         GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
     args = drov.parse_args(
-        ["--judge_model_name_or_path", str(folder), "--per_device_eval_batch_size", "3"]
+        [
+            "--judge",
+            "model",
+            "--judge_model_name_or_path",
+            str(folder),
+            "--per_device_eval_batch_size",
+            "3",
+        ]
     )
     judge = drov.ModelJudge(args)
     pairs = [{"prompt": "p" * n, "A": "a" * (3 * n), "B": "bc" * n} for n in (1, 20, 3, 200, 7)]
