@@ -87,8 +87,8 @@ from transformers import (
 # ------------------------------------------------------------------------------------ processes
 
 # `torchrun` starts several copies of this program. All hold the same networks and see the same
-# rows; each works on its share of a step's rows (`micro_batches`), and they meet where a gradient, a
-# number to log, a score or an answer belongs to all. Alone, a process does nothing here.
+# rows; each works on its share of a step's rows (`micro_batches`), and they meet where a gradient,
+# a number to log, a score or an answer belongs to all. Alone, a process does nothing here.
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -147,7 +147,7 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
 
 # What --dice changes. The value learns ten times faster than the policy: at equal rates and a
-# small τ the policy chases a wrong V, and mass leaks to strings that are no rolls (README, detail 8).
+# small τ the policy chases a wrong V, and mass leaks to what is no roll (README, detail 8).
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
     "sft_steps": 600, "sft_learning_rate": 0.05, "max_steps": 300, "warmup_steps": 0,
@@ -169,7 +169,7 @@ class UserError(ValueError):
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
-    """One line on stderr, then exit with `code`. What all processes find (2), the first one says."""
+    """One line on stderr, then exit with `code`. What all processes find (2), the first says."""
     if RANK == 0 or code == 1:
         print(f"drov.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
@@ -363,8 +363,8 @@ def read_rows(args: argparse.Namespace) -> datasets.Dataset:
             revision = args.dataset_revision
             return datasets.load_dataset(name, split=args.dataset_split, revision=revision)
         (builder,) = builders
-        # CSV has no types: a completion "007" would become a number, and "NA" nothing at all. JSON's
-        # are guessed chunk by chunk: rewards that start as whole numbers would have to remain so.
+        # CSV has no types: a completion "007" would become a number, and "NA" nothing at all. Those
+        # of JSON are guessed chunk by chunk: rewards that begin as whole numbers must remain so.
         texts = dict.fromkeys(("prompt", "completion", "reward"), str)
         options = {"keep_default_na": False, "converters": texts} if builder == "csv" else {}
         options = {"chunksize": 2**30} if builder == "json" else options
@@ -677,8 +677,8 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 def token_budget(args: argparse.Namespace, config: PreTrainedConfig) -> int:
     """Padded tokens that go through the models at once, where --micro_batch_tokens does not say.
 
-    On a GPU, an estimate on the safe side: of the memory that weights, gradients and the optimiser
-    leave, what each layer keeps for the backward pass, 32 bytes for each of its channels and tokens.
+    On a GPU, an estimate (README, "On a GPU"): weights, gradients and the optimiser take 16 bytes a
+    parameter; for each token, a layer keeps about 32 bytes a channel for the backward pass.
     """
     if device().type == "cpu":
         return 1024
@@ -695,10 +695,11 @@ def token_budget(args: argparse.Namespace, config: PreTrainedConfig) -> int:
 class ValueModel(nn.Module):
     """V_φ(x), the value of a prompt in normalised rewards: encoder, mean over tokens, linear head.
 
-    The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value model
-    is then half the policy's size. The head is the difference of two that start equal: V starts at 0,
-    the mean reward, and yet moves under Adafactor, which moves a parameter in proportion to its own
-    size. (A V that starts elsewhere lures the policy into making up for it: README, detail 9.)
+    The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value
+    model is then half the policy's size. The head is the difference of two that start equal: V
+    starts at 0, the mean reward, and yet moves under Adafactor, which moves a parameter in
+    proportion to its own size. (A V that starts off lures the policy into making up for it: README,
+    detail 9.)
     """
 
     def __init__(self, encoder: PreTrainedModel):
@@ -1198,7 +1199,9 @@ def dice_report(run: Run, final: dict) -> dict:
         say(f"\n{shown!r}, never trained on: the probability of each face at τ = {tau:g}")
     for face in sorted(row_of):
         exact = optimum[shown][0][int(face) - 1]
-        before, after = (x[row_of[face]].exp() for x in (side.ref_logps, final["policy_logps"]))
+        before, after = (
+            x[row_of[face]].exp().item() for x in (side.ref_logps, final["policy_logps"])
+        )
         for label, p in ((f"{face}  π_ref", before), ("   π_θ  ", after), ("   π*   ", exact)):
             say(f"{label} {p:6.1%} {'█' * round(60 * p)}")
     say(f"\nOn held-out prompts, {len(sft) * len(sft[0]['completions'])} rolls each:")
@@ -1217,8 +1220,8 @@ def dice_report(run: Run, final: dict) -> dict:
 # The paper's results are win rates: two policies answer the same held-out prompts, a judge sees the
 # answers without knowing whose they are, and the wins are averaged over the folds.
 
-JUDGE_PROMPT = """You are given an instruction and two responses to it. Decide which response is more \
-helpful and does better what the instruction asks for.
+JUDGE_PROMPT = """You are given an instruction and two responses to it. Decide which response is \
+more helpful and does better what the instruction asks for.
 
 Instruction:
 {prompt}
@@ -1231,13 +1234,14 @@ Response B:
 
 Which response is better? Answer with A or B alone.
 Answer:"""
+VERDICT = '{"id": …, "winner": "A", "B" or "tie"}'
 
 
 def load_answers(policy: str) -> tuple[dict[tuple[int, str], list[str]], list[tuple[str, dict]]]:
     """A policy's answers, by (fold, prompt), and (name, settings) of each run they come from.
 
-    `policy` is RUN or RUN@STEP, or several of them with commas, one for each fold. Raises UserError if
-    answers are missing, are given twice, or are to prompts that their run did not hold out.
+    `policy` is RUN or RUN@STEP, or several of them with commas, one for each fold. Raises UserError
+    if answers are missing, are given twice, or are to prompts that their run did not hold out.
     """
     answers, runs = {}, []
     for name in policy.split(","):
@@ -1266,7 +1270,7 @@ def load_answers(policy: str) -> tuple[dict[tuple[int, str], list[str]], list[tu
 def make_pairs(ours: dict, theirs: dict, seed: int) -> list[dict]:
     """What a judge sees, {"id", "prompt", "A", "B"}, with "fold" and "ours": which of A, B is ours.
 
-    The order is drawn from a hash of the seed and the texts: swapping the policies changes only "ours".
+    The order comes from a hash of the seed and the texts: swapping policies changes only "ours".
     """
     pairs = []
     for (fold, prompt), completions in ours.items():
@@ -1286,7 +1290,7 @@ def judge_by_reward(pairs: list[dict]) -> np.ndarray:
 
 
 class ModelJudge:
-    """Any instruction-tuned model, encoder-decoder or decoder-only: log p("A") against log p("B")."""
+    """Any instruction-tuned model, encoder-decoder or decoder-only: does it say "A" or "B"?"""
 
     def __init__(self, args: argparse.Namespace):
         source, self.batch_size = args.judge_model_name_or_path, args.per_device_eval_batch_size
@@ -1327,6 +1331,19 @@ class ModelJudge:
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids
 
     @torch.no_grad()
+    def preference(self, inputs: list[list[int]]) -> Tensor:
+        """log p("A") − log p("B") as the next token of b inputs. Returns (b,)."""
+        batch = self.tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(device())
+        answer = batch["attention_mask"].sum(1) - 1  # where a decoder-only model's answer begins
+        if not self.decoder_only:
+            start = self.config.decoder_start_token_id
+            batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
+            answer = torch.zeros_like(answer)
+        with head_reads(self.model, lambda hidden: hidden[torch.arange(len(hidden)), answer]):
+            logits = self.model(**batch, use_cache=False).logits.float()  # (b, vocabulary)
+        a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
+        return (a - b).cpu()
+
     def __call__(self, pairs: list[dict]) -> np.ndarray:
         """1 where A is preferred, 0 where B is, ½ for a tie."""
         inputs = [self.encode(pair) for pair in pairs]
@@ -1334,18 +1351,8 @@ class ModelJudge:
         verdicts = np.zeros(len(pairs))
         for first in progress(range(0, len(order), self.batch_size), "Judging"):
             rows = order[first : first + self.batch_size]
-            batch = {"input_ids": [inputs[row] for row in rows]}
-            batch = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)
-            last = batch["attention_mask"].sum(1) - 1  # where a decoder-only model answers
-            if not self.decoder_only:
-                start = self.config.decoder_start_token_id
-                batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
-                last = torch.zeros_like(last)
-            answering = functools.partial(lambda last, h: h[torch.arange(len(h)), last], last)
-            with head_reads(self.model, answering):
-                logits = self.model(**batch, use_cache=False).logits.float()  # (b, vocabulary)
-            a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
-            verdicts[rows] = (torch.sign(a - b).cpu().numpy() + 1) / 2
+            preference = self.preference([inputs[row] for row in rows])
+            verdicts[rows] = (preference.sign().numpy() + 1) / 2
         return verdicts
 
 
@@ -1361,18 +1368,17 @@ def read_verdicts(file: Path, pairs: list[dict]) -> np.ndarray:
             verdict = json.loads(line)
             name, score = verdict["id"], {"A": 1.0, "B": 0.0, "tie": 0.5}[verdict["winner"]]
         except (ValueError, KeyError, TypeError):
-            form = '{"id": …, "winner": "A", "B" or "tie"}'
-            raise UserError(f"{file}, line {number_of_line}: {line[:80]!r} is not {form}") from None
+            message = f"{file}, line {number_of_line}: {line[:80]!r} is not {VERDICT}"
+            raise UserError(message) from None
         unknown, repeated = unknown + (name not in known), repeated + (name in scores)
         scores.setdefault(name, score)
     missing = len(known - set(scores))
-    say(f"{file}: {missing} of {len(known)} ids missing, {repeated} repeated (the first counts), "
-        f"{unknown} unknown (left out)")  # fmt: skip
+    say(f"{file}: {missing} of {len(known)} ids missing, {unknown} unknown, {repeated} repeated")
     return np.array([scores.get(pair["id"], math.nan) for pair in pairs])
 
 
 def judge_pairs(pairs: list[dict], judge: Callable, both_orders: bool) -> np.ndarray:
-    """Our score in each pair: 1 for a win, 0 for a loss, ½ for a tie; NaN where there is no verdict."""
+    """Our score in each pair: 1 for a win, 0 for a loss, ½ for a tie; NaN for no verdict."""
     verdicts = judge(pairs)
     if both_orders:  # a win only if it is one from either side
         swapped = 1 - judge([pair | {"A": pair["B"], "B": pair["A"]} for pair in pairs])
@@ -1385,7 +1391,7 @@ def judge_pairs(pairs: list[dict], judge: Callable, both_orders: bool) -> np.nda
 def win_rates(pairs: list[dict], scores: np.ndarray, seed: int, resamples: int = 10_000) -> dict:
     """Win rate over each fold and all, their standard deviation, and a 95 % bootstrap interval.
 
-    A prompt counts once, with the mean of its pairs' scores. The overall rate is the mean of the folds'.
+    A prompt counts once, with the mean of its pairs' scores. The overall rate is the folds' mean.
     """
     of_prompt = defaultdict(list)
     for pair, score in zip(pairs, scores, strict=True):
@@ -1400,7 +1406,7 @@ def win_rates(pairs: list[dict], scores: np.ndarray, seed: int, resamples: int =
     for fold, prompt_scores in of_fold.items():
         values, counts = np.unique(prompt_scores, return_counts=True)
         total = counts.sum()
-        # Drawing `total` prompts with replacement is drawing how often each distinct score comes up.
+        # Drawing prompts with replacement is drawing how often each distinct score comes up.
         bootstrap.append(rng.multinomial(total, counts / total, size=resamples) @ values / total)
         folds[str(fold)] = {
             "win_rate": float(values @ counts / total),
@@ -1430,8 +1436,8 @@ def report_win_rates(ours: str, theirs: str, result: dict) -> None:
     sizes = sorted({numbers["prompts"] for numbers in folds.values()})
     what = f"{len(folds)} fold{'s' * (len(folds) > 1)} × {' or '.join(map(str, sizes))} prompts"
     spread = f" ± {100 * result['std']:.1f} %" if result["std"] is not None else ""
-    line = f"{100 * result['win_rate']:.1f} %{spread} ({what}, 95 % CI {100 * low:.1f}–{100 * high:.1f} %)"
-    say(f"{ours} vs {theirs}: {line}")
+    interval = f"95 % CI {100 * low:.1f}–{100 * high:.1f} %"
+    say(f"{ours} vs {theirs}: {100 * result['win_rate']:.1f} %{spread} ({what}, {interval})")
 
 
 def compare(args: argparse.Namespace) -> dict | None:
@@ -1467,10 +1473,8 @@ def compare(args: argparse.Namespace) -> dict | None:
         write_jsonl(folder / "pairs.jsonl", seen)
         key = [{"id": pair["id"], "policy_1_is": pair["ours"]} for pair in pairs]
         write_jsonl(folder / "key.jsonl", key)
-        form = '{"id": …, "winner": "A", "B" or "tie"}'
-        say(
-            f"judge the {len(pairs)} pairs in {folder / 'pairs.jsonl'}, then give --verdicts FILE, {form}"
-        )
+        say(f"{len(pairs)} pairs to judge are in {folder / 'pairs.jsonl'}")
+        say(f"go on with --verdicts FILE, a line {VERDICT} for each")
         return None
     result = win_rates(pairs, judge_pairs(pairs, judge, args.judge_both_orders), args.seed)
     report_win_rates(*args.compare, result)

@@ -836,7 +836,7 @@ def test_verdicts_of_a_file_are_unblinded_and_bad_ones_named(flags, tmp_path, ca
     capsys.readouterr()
     drov.main([*compare, "--verdicts", str(file)])
     printed = capsys.readouterr().out
-    assert "1 of 4 ids missing, 1 repeated" in printed and "1 unknown" in printed
+    assert "1 of 4 ids missing, 1 unknown, 1 repeated" in printed
     assert "100.0 % (1 fold × 3 prompts, 95 % CI 100.0–100.0 %)" in printed
     file.write_text('{"id": "x", "winner": "tie"}\n{"id": "x", "winner": "C"}\n')
     assert "line 2: " in fails(capsys, *compare, "--verdicts", file)
@@ -845,10 +845,12 @@ def test_verdicts_of_a_file_are_unblinded_and_bad_ones_named(flags, tmp_path, ca
     assert "--judge_model_name_or_path go together" in fails(capsys, *compare, "--judge", "model")
 
 
-@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only"])
+@pytest.mark.parametrize("kind", ["encoder-decoder", "decoder-only", "chat"])
 def test_a_model_judges_by_its_log_probabilities_and_sees_no_name(kind, t5, tmp_path):
     folder = tmp_path / "judge"
     tokenizer = ByT5Tokenizer(model_max_length=700)
+    if kind == "chat":
+        tokenizer.chat_template = "User: {{ messages[0]['content'] }} Judge: "
     tokenizer.save_pretrained(folder)
     if kind == "encoder-decoder":
         drov.tiny_t5(1).save_pretrained(folder)
@@ -882,7 +884,8 @@ def test_a_model_judges_by_its_log_probabilities_and_sees_no_name(kind, t5, tmp_
         assert (
             "Response A:\na" in text and "Response B:\nbc" in text and "Answer:" in text
         )  # all cut alike
-        start = {} if kind == "decoder-only" else {"decoder_input_ids": torch.tensor([[0]])}
+        assert text.endswith("Judge: ") == (kind == "chat")
+        start = {"decoder_input_ids": torch.tensor([[0]])} if kind == "encoder-decoder" else {}
         with torch.no_grad():
             logits = judge.model(input_ids=ids, **start).logits[0, -1]
         a, b = tokenizer.encode("AB", add_special_tokens=False)
