@@ -698,8 +698,7 @@ class ValueModel(nn.Module):
     The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value
     model is then half the policy's size. The head is the difference of two that start equal: V
     starts at 0, the mean reward, and yet moves under Adafactor, which moves a parameter in
-    proportion to its own size. (A V that starts off lures the policy into making up for it: README,
-    detail 9.)
+    proportion to its own size (a head of zeros would stay there).
     """
 
     def __init__(self, encoder: PreTrainedModel):
