@@ -747,6 +747,7 @@ class Stopped(Exception):
 
 
 def request_stop(signum: int, frame: object) -> None:
+    """A signal handler: the first signal is noted, a second one raises KeyboardInterrupt."""
     if stop_signals:  # the second time at once
         raise KeyboardInterrupt
     stop_signals.append(signum)
@@ -876,11 +877,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """The whole file, or the old one: nothing in between."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict) -> None:
+    """`content` for people and machines; what JSON does not know, such as a path, as text."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -890,6 +893,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def write_jsonl(path: Path, lines: Iterable[dict]) -> None:
+    """A JSON object a line, each with a newline behind it, which `read_jsonl` relies on."""
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -901,6 +905,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def save_networks(run: Run, folder: Path) -> None:
+    """Policy and tokenizer in `folder`, for `from_pretrained`; the value model in `value_model`."""
     run.policy.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     if run.value_model:
@@ -1619,7 +1624,7 @@ def keep_freed_memory() -> None:
     """On a CPU with glibc, let tensors reuse what others freed.
 
     By default glibc returns blocks of over 32 MB, such as logits, to the system, which hands them
-    out again page by page and cleared: a seventh of a training step (README, "Speed").
+    out again page by page and cleared.
     """
     with suppress(AttributeError, TypeError):  # elsewhere there is no such thing
         mallopt = ctypes.CDLL(None).mallopt

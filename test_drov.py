@@ -726,7 +726,9 @@ def test_the_order_is_seeded_and_balanced_and_a_judge_that_always_says_a_finds_n
 def test_swapping_the_policies_gives_one_minus_the_win_rate_whatever_the_bias():
     ours, theirs = experiment(completions=3)
     theirs[0, "prompt 0 0"] = ours[0, "prompt 0 0"]  # the same answers: ties
-    biased = lambda pairs: np.array([1.0 if hash(p["A"] + p["prompt"]) % 3 else 0.0 for p in pairs])
+    biased = lambda pairs: np.array(
+        [1.0 if int(drov.sha256(p["A"], p["prompt"])[:4], 16) % 3 else 0.0 for p in pairs]
+    )
     there, back = rates(ours, theirs, biased), rates(theirs, ours, biased)
     assert there["win_rate"] == pytest.approx(1 - back["win_rate"], abs=1e-12)
     assert (there["wins"], there["ties"]) == (back["losses"], back["ties"])
