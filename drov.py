@@ -69,6 +69,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -99,6 +100,13 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def to_device(tensor: Tensor, target: torch.device) -> Tensor:
+    """`tensor` on `target`; to a GPU, copied while both it and the CPU do other things."""
+    if target.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(target, non_blocking=True)
 
 
 def meet_processes() -> None:
@@ -634,6 +642,8 @@ def load_policy(args: argparse.Namespace, source: str | Path) -> Policy:
         if not hasattr(config, "dropout_rate"):
             raise UserError(f"{source} ({config.model_type}) is no T5: not supported yet")
         config.dropout_rate = 0.0  # with dropout, log π/π_ref would not be 0 at step 0
+        if config.dense_act_fn == "gelu_new":  # written out: slow, and keeps more for backward()
+            config.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one piece
         options = {"revision": revision, "config": config, "dtype": torch.float32}
         policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
         return policy, AutoTokenizer.from_pretrained(source, revision=revision)
@@ -641,52 +651,75 @@ def load_policy(args: argparse.Namespace, source: str | Path) -> Policy:
 
 @contextmanager
 def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the product with the vocabulary, the largest of all, sees only selected states."""
+    """Within it, the product with the vocabulary sees only selected states, and is in float32.
+
+    It is the largest product of all, and not one for bfloat16: logits have three digits there, and
+    over a few hundred tokens the rounding adds up to what a step of training changes.
+    """
     head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, inputs: (select(inputs[0]),))
+    forward = head.forward
+
+    def selected(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return forward(select(states).to(head.weight.dtype))
+
+    head.forward = selected
     try:
         yield
     finally:
-        hook.remove()
+        del head.forward
+
+
+def attended(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
+    """What attention needs to know of `mask` (B, S): nothing, where there is no padding.
+
+    transformers asks the same of a mask on a GPU, where an answer means waiting. It does not ask a
+    mask of four dimensions, and neither do we of one on the CPU.
+    """
+    if mask.all():
+        return None
+    mask = to_device(mask, model.device)
+    return mask[:, None, None].bool() if model.config._attn_implementation == "sdpa" else mask
 
 
 def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """log π(y|x) = Σ_t log π(y_t | y_<t, x), over the completion's tokens, its EOS included.
 
     `batch`: `input_ids`, `attention_mask` (B, S); `labels` (B, T), −100 on padding. Returns (B,)
-    float32, whatever the autocast.
+    float32, whatever the autocast. Mask and labels had better be on the CPU, see `attended`.
     """
     labels = batch["labels"]
-    # Found where the labels are: `Run.batch` leaves them on the CPU, as asking a GPU means waiting.
-    row, position = (labels != -100).nonzero(as_tuple=True)  # of the N real tokens
+    real = (labels != -100).flatten().nonzero().squeeze(-1)  # (N,) where the N real tokens are
     decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
-    tensors = (row, position, labels[row, position], decoder_input_ids)
-    tensors = (tensor.to(model.device, non_blocking=True) for tensor in tensors)
-    row, position, targets, decoder_input_ids = tensors
-    with head_reads(model, lambda hidden: hidden[row, position]):
+    tensors = (real, labels.flatten()[real], decoder_input_ids)
+    real, targets, decoder_input_ids = (to_device(x, model.device) for x in tensors)
+    with head_reads(model, lambda states: states.flatten(0, 1).index_select(0, real)):
         logits = model(
             input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            attention_mask=attended(model, batch["attention_mask"]),
             decoder_input_ids=decoder_input_ids,  # not `labels`: no second loss
             use_cache=False,
         ).logits  # (N, vocabulary)
     token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
-    return token_logps.new_zeros(labels.shape).index_put((row, position), token_logps).sum(-1)
+    padded = token_logps.new_zeros(labels.numel()).index_copy(0, real, token_logps)
+    return padded.view(labels.shape).sum(-1)
 
 
 def token_budget(args: argparse.Namespace, config: PreTrainedConfig) -> int:
     """Padded tokens that go through the models at once, where --micro_batch_tokens does not say.
 
-    On a GPU, an estimate (README, "On a GPU"): weights, gradients and the optimiser take 16 bytes a
-    parameter; for each token, a layer keeps about 32 bytes a channel for the backward pass.
+    On a GPU, an estimate (README, "On a GPU"). A parameter takes 12 bytes (weight, gradient, its
+    bfloat16 copy, some of Adafactor), 8 more with AdamW. For backward(), a layer keeps about 24
+    bytes for each token and channel, and the head 12 for each token and word of the vocabulary.
     """
     if device().type == "cpu":
         return 1024
     width = config.d_model + config.d_ff
     layers = 2 * config.num_layers + config.num_decoder_layers  # both encoders, and the decoder
     parameters = 4 * width * config.d_model * layers + 3 * config.vocab_size * config.d_model
-    spare = torch.cuda.get_device_properties(device()).total_memory - 16 * parameters
-    per_token = 32 * width * max(2 * config.num_layers, config.num_decoder_layers)
+    spare = torch.cuda.get_device_properties(device()).total_memory
+    spare -= (12 if args.optim == "adafactor" else 20) * parameters
+    per_token = 24 * width * max(2 * config.num_layers, config.num_decoder_layers)
     if args.gradient_checkpointing:
         per_token /= 8
     return max(256, int(0.8 * spare / (per_token + 12 * config.vocab_size)))
@@ -709,9 +742,10 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`input_ids`, `attention_mask` (B, S) → (B,) float32."""
-        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        mask = attention_mask.unsqueeze(-1)
-        pooled = (encoded.last_hidden_state.float() * mask).sum(1) / mask.sum(1)  # (B, width)
+        mask = attended(self.encoder, attention_mask)
+        states = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        weights = (attention_mask / attention_mask.sum(-1, keepdim=True)).unsqueeze(-1)
+        pooled = (states.float() * to_device(weights, states.device)).sum(1)  # (B, width)
         # Not a matrix product, which autocast would round.
         return (pooled * (self.head[0] - self.head[1])).sum(-1)
 
@@ -785,19 +819,28 @@ class Run:
     window: dict[str, list] = field(default_factory=lambda: defaultdict(list))
 
     def batch(self, side: Side, rows: np.ndarray) -> dict[str, Tensor]:
-        """Some rows, padded: `input_ids`, `attention_mask` on the device, `labels` on the CPU."""
+        """Some rows, padded: `input_ids`, `rewards`, `ref_logps` (once known) on the device;
+        `attention_mask` and `labels`, whose padding is looked at, on the CPU."""
         table = side.triplets[rows]
         pairs = zip(table["input_ids"], table["labels"])
         examples = [{"input_ids": x, "labels": y} for x, y in pairs]
         batch = dict(DataCollatorForSeq2Seq(self.tokenizer)(examples))
-        for name in ("input_ids", "attention_mask"):
-            if self.policy.device.type == "cuda":  # pinned, so that the copy overlaps with work
-                batch[name] = batch[name].pin_memory()
-            batch[name] = batch[name].to(self.policy.device, non_blocking=True)
-        return batch
+        on_device = {"input_ids": batch["input_ids"], "rewards": side.rewards[rows]}
+        if side.ref_logps is not None:
+            on_device["ref_logps"] = side.ref_logps[rows]
+        return batch | {name: to_device(x, self.policy.device) for name, x in on_device.items()}
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """bfloat16 if asked for, and the same attention kernels with gradients as without.
+
+        Left to itself, torch takes one for π_ref and another for π, whose rounding differs by more
+        than π does after a step (README, detail 17).
+        """
+        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # on a GPU, on a CPU
+        kind, bf16 = self.policy.device.type, self.args.bf16
+        with sdpa_kernel(kernels), torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
+            yield
 
 
 def pool(window: dict[str, list]) -> dict[str, Tensor]:
@@ -986,15 +1029,14 @@ def train(run: Run, last: int) -> Iterator[int]:
         divisor = int(side.lengths[rows, 1].sum()) if sft else len(rows)
         for micro in micro_batches(rows, side.lengths, args.micro_batch_tokens):
             batch = run.batch(side, micro)
-            with run.autocast():
+            with run.precision():
                 policy_logps = sequence_logps(run.policy, batch)
                 if sft:  # maximum likelihood: the mean over the batch's tokens
                     row_loss = -policy_logps
                     record = {"nll": row_loss, "completion_tokens": side.lengths[micro, 1]}
                 else:
                     values = run.value_model(batch["input_ids"], batch["attention_mask"])
-                    ref_logps = side.ref_logps[micro].to(values.device)
-                    rewards = side.rewards[micro].to(values.device)
+                    ref_logps, rewards = batch["ref_logps"], batch["rewards"]
                     losses = dro_v_loss(policy_logps, ref_logps, values, rewards, args.tau)
                     policy_loss, value_loss, residual = losses
                     row_loss = policy_loss + value_loss
@@ -1051,7 +1093,7 @@ def score(run: Run, side: Side, rows: np.ndarray, function: Callable, desc: str)
     """
     part = [(np.empty(0, dtype=np.int64), torch.empty(0))]
     for micro in progress(micro_batches(rows, side.lengths, run.args.micro_batch_tokens), desc):
-        with run.autocast():
+        with run.precision():
             part.append((micro, function(run.batch(side, micro)).float().cpu()))
     scored, numbers = zip(*itertools.chain.from_iterable(gather(part)))
     numbers = torch.cat(numbers)
@@ -1142,8 +1184,8 @@ def generate(run: Run) -> None:
     for batch in progress(batches[RANK::WORLD_SIZE], "Answering"):
         torch.manual_seed(int(sha256(args.seed, *batch)[:15], 16))
         inputs = run.batch(side, np.array([row_of[prompt] for prompt in batch]))
-        del inputs["labels"]
-        with run.autocast():
+        inputs = {x: inputs[x].to(run.policy.device) for x in ("input_ids", "attention_mask")}
+        with run.precision():
             ids = run.policy.generate(**inputs, **sampling, num_return_sequences=each)
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
         answers |= {prompt: texts[i * each : (i + 1) * each] for i, prompt in enumerate(batch)}
