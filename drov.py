@@ -78,6 +78,7 @@ from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
     DataCollatorForSeq2Seq,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -646,6 +647,8 @@ def load_policy(args: argparse.Namespace, source: str | Path) -> Policy:
             config.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one piece
         options = {"revision": revision, "config": config, "dtype": torch.float32}
         policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
+        # Sampling is as the flags say: no beams and no penalties of the model's own.
+        policy.generation_config = GenerationConfig.from_model_config(config)
         return policy, AutoTokenizer.from_pretrained(source, revision=revision)
 
 
@@ -857,7 +860,10 @@ def check_finite(run: Run, pooled: dict[str, Tensor]) -> None:
     if bad:
         first = run.step - len(pooled["seconds"]) + 1
         steps = f"step {run.step}" if first == run.step else f"steps {first} to {run.step}"
-        prompts = run.train_side.triplets[pooled["row"][:3].numpy()]["prompt"]
+        rows = pooled["row"]
+        wrong = rows[~pooled["nll" if "nll" in pooled else "residual"].isfinite()]
+        rows = wrong if len(wrong) else rows  # if it is the gradient, any of them may be the cause
+        prompts = run.train_side.triplets[rows[:3].numpy()]["prompt"]
         shown = "; ".join(repr(prompt[:80]) for prompt in prompts)
         raise FloatingPointError(
             f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of "

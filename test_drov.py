@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -20,12 +21,15 @@ import numpy as np
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import drov
@@ -194,6 +198,82 @@ def test_the_policy_starts_at_the_reference(flags):
     held_out = drov.evaluate(run)["metrics"]
     assert held_out["eval_log_ratio_mean"] == 0.0  # the same batches
     assert held_out["eval_value_explained_variance"] == 0.0  # V starts at 0
+
+
+def test_bf16_computes_the_policy_and_the_reference_alike(flags):
+    sizes = ["--micro_batch_tokens", "300", "--num_eval_prompts", "2", "--max_steps", "7"]
+    run = prepared(flags, "--bf16", *sizes)
+    side, log_ratios = run.train_side, []
+    head, logits_are = run.policy.get_output_embeddings(), set()
+    head.weight.data *= 4  # as sure of itself as a trained model
+    head.register_forward_hook(lambda module, inputs, logits: logits_are.add(logits.dtype))
+    side.ref_logps = drov.score(
+        run, side, np.arange(56), lambda batch: drov.sequence_logps(run.policy, batch), ""
+    )
+    for rows in drov.stream_rows(56, 8, range(1, 8), 0):  # with gradients, in other batches
+        for micro in drov.micro_batches(rows, side.lengths, 300):
+            batch = run.batch(side, micro)
+            with run.precision():
+                logps = drov.sequence_logps(run.policy, batch)
+            assert logps.requires_grad and logps.dtype == torch.float32
+            log_ratios.append(logps.detach() - batch["ref_logps"])
+    assert torch.cat(log_ratios).square().mean().sqrt() < 1e-3
+    assert logits_are == {torch.float32}
+
+
+def test_the_gelu_in_one_piece_is_the_one_written_out(tmp_path):
+    sizes = {"vocab_size": 384, "d_model": 64, "d_ff": 128, "d_kv": 16, "dropout_rate": 0}
+    config = T5Config(
+        **sizes, num_layers=2, decoder_start_token_id=0, feed_forward_proj="gated-gelu"
+    )
+    written_out = T5ForConditionalGeneration(config)
+    written_out.save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    policy, _ = drov.load_policy(drov.parse_args([]), tmp_path)
+    assert (written_out.config.dense_act_fn, policy.config.dense_act_fn) == (
+        "gelu_new",
+        "gelu_pytorch_tanh",
+    )
+    x, labels = torch.randint(3, 200, (2, 4, 20))
+    batch = {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
+    logps = [drov.sequence_logps(model, batch) for model in (written_out, policy)]
+    torch.testing.assert_close(*logps, rtol=1e-6, atol=0)
+
+
+class Questions(TorchDispatchMode):
+    """Notes the functions that read a number off a tensor; of a GPU, they would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked_by = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
+            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            self.asked_by.add(frames[-1].name)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_number_of_the_models(flags):
+    run = prepared(flags, "--optim", "adamw", "--logging_steps", "4", "--save_steps", "4")
+    before_the_update = set()
+    with Questions() as questions:
+        note = lambda *_: before_the_update.update(questions.asked_by)
+        hook = register_optimizer_step_pre_hook(note)
+        next(drov.train(run, 4))
+        hook.remove()
+    assert before_the_update == {"sequence_logps", "attended"}  # of labels and masks, on the CPU
+    prompts = run.train_side.lengths[:, 0]
+    batch = run.batch(run.train_side, np.array([prompts.argmin(), prompts.argmax()]))
+    padded = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    assert not padded["attention_mask"].all()  # as without `attended`:
+    with Questions() as questions:
+        expected = run.policy.get_encoder()(**padded).last_hidden_state
+    assert questions.asked_by == {"_ignore_bidirectional_mask_sdpa"}
+    mask = drov.attended(run.policy, padded.pop("attention_mask"))
+    states = run.policy.get_encoder()(**padded, attention_mask=mask).last_hidden_state
+    assert states.equal(expected)
+    assert drov.attended(run.policy, torch.ones(2, 3)) is None
 
 
 def test_a_cut_batch_has_the_gradient_of_the_whole(flags):
@@ -482,14 +562,19 @@ def test_a_run_leaves_every_file_and_a_policy_that_loads_and_generates(flags, tm
     assert [*drov.checkpoints(folder)] == [0, 2, 4]
 
 
-def test_answers_depend_on_their_batch_and_seed_alone(flags, tmp_path):
+def test_answers_depend_on_their_batch_and_seed_alone(flags, t5, tmp_path):
     def answers(name, *more):
         drov.main([*flags, "--output_dir", str(tmp_path / name), "--max_steps", "0", *more])
         lines = drov.read_jsonl(tmp_path / name / "generations-0.jsonl")
         return {line["prompt"]: line["completions"] for line in lines}
 
     sampled = answers("a")
-    assert sampled == answers("b", "--gradient_checkpointing", "--tau", "3")
+    model = AutoModelForSeq2SeqLM.from_pretrained(t5)
+    model.generation_config.update(num_beams=3, repetition_penalty=9.0)
+    model.save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(t5).save_pretrained(tmp_path / "t5")
+    own_sampling = ["--model_name_or_path", str(tmp_path / "t5")]
+    assert sampled == answers("b", "--gradient_checkpointing", "--tau", "3", *own_sampling)
     assert sampled != answers("c", "--temperature", "0.3")
     assert answers("d", "--temperature", "0") == answers(
         "e", "--temperature", "0", "--per_device_eval_batch_size", "3"
@@ -516,21 +601,17 @@ def torchrun(processes, *flags):
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on_where_two_stopped(flags, tmp_path):
-    more = [
-        "--max_steps",
-        "6",
-        "--logging_steps",
-        "1",
-        "--max_eval_samples",
-        "7",
-        "--save_steps",
-        "3",
-    ]
+@pytest.mark.parametrize(("processes", "held_out"), [(2, 7), (4, 3)])  # 4: one has no row of 3
+def test_processes_train_as_one_does_and_one_goes_on_where_they_stopped(
+    processes, held_out, flags, tmp_path
+):
+    more = ["--max_steps", "6", "--logging_steps", "1", "--save_steps", "3"]
+    more += ["--max_eval_samples", str(held_out)]
     one, two = tmp_path / "one", tmp_path / "two"
     drov.main([*flags, *more, "--output_dir", str(one)])
-    half = [*flags, *more, "--per_device_train_batch_size", "4", "--output_dir", str(two)]
-    done = torchrun(2, *half)
+    part = ["--per_device_train_batch_size", str(8 // processes), "--output_dir", str(two)]
+    part = [*flags, *more, *part]
+    done = torchrun(processes, *part)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on") == 0 and done.stdout.count("held out") == 4  # one speaks
 
@@ -548,7 +629,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_where_two_stopped(flags
     same()
     for path in (two / "checkpoint-6", two / "model.safetensors"):  # as if it had stopped at 3
         drov.shutil.rmtree(path) if path.is_dir() else path.unlink()
-    drov.main([*half, "--gradient_accumulation_steps", "2", "--resume"])
+    drov.main([*part, "--gradient_accumulation_steps", str(processes), "--resume"])
     same()
 
 
