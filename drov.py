@@ -26,10 +26,11 @@ The algorithm:
 Runs to paste:
     python drov.py --dice                                            # the answer is known; a minute
     python drov.py --dice --overfit_one_batch                        # can it fit one batch at all?
+    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
     python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
     python drov.py --split_mode prompt_fold --eval_fold_index all    # train once, answer all folds
-    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
-    torchrun --nproc_per_node 4 drov.py --per_device_train_batch_size 8      # the same, on 4 GPUs
+    torchrun --nproc_per_node 4 drov.py --split_mode prompt_fold --per_device_train_batch_size 8
+                                                                     # the paper's batch, on 4 GPUs
 
 Read from top to bottom: processes, arguments, data, models, losses, the loop, evaluation, dice,
 comparison, main.
@@ -93,14 +94,25 @@ from transformers import (
 # a number to log, a score or an answer belongs to all. Alone, a process does nothing here.
 
 RANK = int(os.environ.get("RANK", "0"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # among those of this node
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class UserError(ValueError):
+    """Something the user can put right; ends the program with this one line and exit code 2."""
+
+
+def fail(message: object, code: int = 2, *, alone: bool = False) -> NoReturn:
+    """One line on stderr, then exit with `code`. What all processes find, each node says once;
+    what may have struck this process `alone`, it says."""
+    if LOCAL_RANK == 0 or alone:
+        print(f"drov.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def device() -> torch.device:
     """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def to_device(tensor: Tensor, target: torch.device) -> Tensor:
@@ -113,6 +125,9 @@ def to_device(tensor: Tensor, target: torch.device) -> Tensor:
 def meet_processes() -> None:
     """Set up this process's GPU and its connection to the others, before anything else."""
     if device().type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"{here} processes for {gpus} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(device())
         torch.set_float32_matmul_precision("high")  # TF32, for what stays float32
     if WORLD_SIZE > 1:
@@ -129,7 +144,7 @@ def gather(item: Any) -> list:
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add up the processes' gradients, once a step. A process without rows adds zeros."""
+    """Add up the processes' gradients, once a step; one that a process has not counts as zeros."""
     if WORLD_SIZE > 1:
         for parameter in parameters:
             if parameter.grad is None:
@@ -165,23 +180,13 @@ DICE = {
     "eval_steps": 100, "save_steps": 300, "max_new_tokens": 8, "num_return_sequences": 50,
 }  # fmt: skip
 
-# Arguments that say where a run is kept or how a batch is cut, and change nothing that is learnt.
+# Arguments that say where a run is kept or how work is cut, and change nothing that is learnt.
 # The batch is compared as `train_batch_size`, over all processes.
 FREE_ON_RESUME = {
     "output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit",
     "micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
 }  # fmt: skip
-
-
-class UserError(ValueError):
-    """Something the user can put right; ends the program with this one line and exit code 2."""
-
-
-def fail(message: object, code: int = 2) -> NoReturn:
-    """One line on stderr, then exit with `code`. What all processes find (2), the first says."""
-    if RANK == 0 or code == 1:
-        print(f"drov.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(code)
 
 
 def number(kind: type, minimum: float, *, above: bool = False, maximum: float = math.inf):
@@ -222,7 +227,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", None, "folder of the run (default: runs/DATASET-SPLIT-FOLD)", type=Path)
     add("--resume", False, "go on from the newest complete checkpoint in --output_dir", **switch)
     add("--overwrite_output_dir", False, "replace the run that --output_dir holds", **switch)
-    add("--seed", 42, "seeds the split, the batches, the value head and the samples", type=count)
+    add("--seed", 42, "seeds split, batches, value head and samples; dice, too", type=count)
     add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
     add("--overfit_steps", 300, "steps of --overfit_one_batch", type=size)
 
@@ -258,7 +263,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rescale_policy_lr", False, "divide the policy's learning rate, too, by τ", **switch)
     add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
     add("--lr_scheduler_type", SCHEDULES[0], "learning rate over the steps", choices=SCHEDULES)
-    add("--warmup_steps", 150, "steps of linear warm-up", type=count)
+    add("--warmup_steps", 150, "steps of linear warm-up, of SFT as well", type=count)
     add("--max_steps", 40000, "steps of DRO-V; 0 only evaluates the starting policy", type=count)
     add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=positive)
     add("--per_device_train_batch_size", 32, "triplets a step and process", type=size)
@@ -308,6 +313,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         fail("--judge model and --judge_model_name_or_path go together")
     if args.judge_both_orders and args.judge != "model":
         fail("--judge_both_orders goes with --judge model")
+    if args.verdicts:
+        args.judge = args.judge or "file"
+        if args.judge != "file":
+            fail("--verdicts goes with --judge file")
+    if args.resume and args.overwrite_output_dir:
+        fail("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     # A step's rows depend on their number alone, however many processes share them.
@@ -446,7 +457,12 @@ def load_triplets(args: argparse.Namespace, dropped: Counter | None = None) -> d
         raise UserError(f"{args.dataset_name} has the columns {sorted(names)}: it needs {needs}")
     options = {"fn_kwargs": {"reward_key": args.reward_key}, "features": TRIPLET_FEATURES}
     options |= {"remove_columns": rows.column_names, "desc": "Reading triplets"}
-    rows = rows.map(check_triplets, batched=True, **options)
+    try:
+        rows = rows.map(check_triplets, batched=True, **options)
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"the columns of {args.dataset_name} hold something else: {error}"
+        ) from None
     counts = Counter(cause for cause in rows["dropped"] if cause)
     usable = rows.filter(lambda cause: cause is None, input_columns="dropped", desc="Dropping rows")
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())) or "none"
@@ -503,10 +519,6 @@ class Side:
     lengths: np.ndarray  # (N, 2) tokens of prompt and completion
     fold_of: dict[str, int]  # the fold of each held-out prompt, in the order of the split
     ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
-
-    def select(self, rows: np.ndarray) -> "Side":
-        triplets = self.triplets.select(rows)
-        return Side(triplets, self.rewards[rows], self.lengths[rows], self.fold_of)
 
 
 def load_sides(args: argparse.Namespace, tokenizer: Callable) -> tuple[Side, Side, dict]:
@@ -625,10 +637,9 @@ def loading(source: str | Path) -> Iterator[None]:
         raise UserError(f"cannot load the model {source} ({str(error)[:200]}): {hint}") from error
 
 
-Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
-
-def load_policy(args: argparse.Namespace, source: str | Path) -> Policy:
+def load_policy(
+    args: argparse.Namespace, source: str | Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy and its tokenizer, from the hub, a folder, or tiny and random for "dice".
 
     Raises UserError if they cannot be loaded or are not an encoder-decoder of the T5 family.
@@ -656,15 +667,15 @@ def load_policy(args: argparse.Namespace, source: str | Path) -> Policy:
 def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within it, the product with the vocabulary sees only selected states, and is in float32.
 
-    It is the largest product of all, and not one for bfloat16: logits have three digits there, and
-    over a few hundred tokens the rounding adds up to what a step of training changes.
+    It is the largest product of all, and not one for bfloat16: logits would have three digits, and
+    over a few hundred tokens the rounding adds up to as much as a step of training changes.
     """
     head = model.get_output_embeddings()
-    forward = head.forward
 
     def selected(states: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias.float()
         with torch.autocast(states.device.type, enabled=False):
-            return forward(select(states).to(head.weight.dtype))
+            return F.linear(select(states).float(), head.weight.float(), bias)
 
     head.forward = selected
     try:
@@ -676,8 +687,8 @@ def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> It
 def attended(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
     """What attention needs to know of `mask` (B, S): nothing, where there is no padding.
 
-    transformers asks the same of a mask on a GPU, where an answer means waiting. It does not ask a
-    mask of four dimensions, and neither do we of one on the CPU.
+    transformers would ask the same of a mask on the GPU and wait for the answer, but takes one of
+    four dimensions as it is. So we ask, while the mask is on the CPU, where it costs nothing.
     """
     if mask.all():
         return None
@@ -703,7 +714,7 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
             decoder_input_ids=decoder_input_ids,  # not `labels`: no second loss
             use_cache=False,
         ).logits  # (N, vocabulary)
-    token_logps = -F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
+    token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
     padded = token_logps.new_zeros(labels.numel()).index_copy(0, real, token_logps)
     return padded.view(labels.shape).sum(-1)
 
@@ -997,11 +1008,11 @@ def make_optimizer(run: Run, sft: bool) -> Callable[[int], float]:
     else:
         # 1/τ on the gradient, as in dro_v_loss, all but cancels in Adafactor and Adam, which divide
         # by the gradient's own size. The paper may have meant the update: so --rescale_policy_lr.
-        policy_lr = args.learning_rate / args.tau if args.rescale_policy_lr else args.learning_rate
+        policy_lr = args.learning_rate / (args.tau if args.rescale_policy_lr else 1)
         known = set(policy)  # with a shared backbone, only the head is left to the value's group
         value = [parameter for parameter in run.value_model.parameters() if parameter not in known]
-        rates = ((policy, policy_lr), (value, args.value_learning_rate))
-        groups = [{"params": parameters, "lr": rate} for parameters, rate in rates]
+        groups = [{"params": policy, "lr": policy_lr}]
+        groups += [{"params": value, "lr": args.value_learning_rate}]
     if args.optim == "adafactor":
         # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is
         # on the gradient's scale; torch's own would let the size of small gradients matter.
@@ -1022,7 +1033,8 @@ def train(run: Run, last: int) -> Iterator[int]:
         file = args.output_dir / f"checkpoint-{run.step}" / "training_state.pt"
         state = torch.load(file, map_location="cpu", weights_only=True)
         run.optimizer.load_state_dict(state["optimizer"])
-        run.window.update((name, [values]) for name, values in state["window"].items() if RANK == 0)
+        if RANK == 0:  # it holds what all processes had recorded
+            run.window.update((name, [values]) for name, values in state["window"].items())
     groups = run.optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
     shared = args.share_policy_and_value_backbone  # networks are clipped each by itself
@@ -1080,7 +1092,7 @@ def train(run: Run, last: int) -> Iterator[int]:
             log(run, metrics)
             bar.set_postfix(loss=metrics.get("sft_loss", metrics.get("loss")))
             window.clear()
-            if WORLD_SIZE > 1 and any(stops := [*itertools.chain(*gather(stop_signals))]):
+            if WORLD_SIZE > 1 and (stops := [*itertools.chain(*gather(stop_signals))]):
                 stop_signals[:] = stops
                 raise Stopped
         if run.step % args.save_steps == 0 or run.step == last:
@@ -1161,11 +1173,8 @@ def evaluate(run: Run) -> dict:
     metrics = {f"eval_{name}": value for name, value in summarise(numbers, run.args.tau).items()}
     log(run, metrics)
     row_folds = np.array([side.fold_of[prompt] for prompt in side.triplets["prompt"]])
-    folds = {}
-    for fold in np.unique(row_folds):
-        chosen = torch.from_numpy(row_folds == fold)
-        of_fold = {name: values[chosen] for name, values in numbers.items()}
-        folds[str(fold)] = summarise(of_fold, run.args.tau)
+    of_fold = lambda fold: {name: values[row_folds == fold] for name, values in numbers.items()}
+    folds = {str(f): summarise(of_fold(f), run.args.tau) for f in np.unique(row_folds)}
     return {"metrics": metrics, "folds": folds, "policy_logps": policy_logps, "values": values}
 
 
@@ -1173,16 +1182,14 @@ def evaluate(run: Run) -> dict:
 def generate(run: Run) -> None:
     """Answer every held-out prompt and write generations-<step>.jsonl.
 
-    The samples of a batch are seeded by its prompts: they depend on no other batch and on no step.
+    The samples of a batch are seeded by its prompts, at every step alike.
     """
     args, side = run.args, run.eval_side
     row_of = {prompt: row for row, prompt in enumerate(side.triplets["prompt"])}  # any row will do
-    by_length = lambda prompt: -side.lengths[row_of[prompt], 0]
-    prompts = sorted(row_of, key=by_length)
-    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
-    if args.temperature > 0:
-        sampling |= {"do_sample": True, "temperature": args.temperature}
-        sampling |= {"top_p": args.top_p, "top_k": 0}  # top_k would be 50
+    prompts = sorted(row_of, key=lambda prompt: -side.lengths[row_of[prompt], 0])
+    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:  # top_k would be 50
+        sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     size, each = args.per_device_eval_batch_size, args.num_return_sequences
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     answers = {}
@@ -1191,16 +1198,14 @@ def generate(run: Run) -> None:
         torch.manual_seed(int(sha256(args.seed, *batch)[:15], 16))
         inputs = run.batch(side, np.array([row_of[prompt] for prompt in batch]))
         inputs = {x: inputs[x].to(run.policy.device) for x in ("input_ids", "attention_mask")}
-        with run.precision():
+        with run.precision(), head_reads(run.policy, lambda states: states):
             ids = run.policy.generate(**inputs, **sampling, num_return_sequences=each)
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
         answers |= {prompt: texts[i * each : (i + 1) * each] for i, prompt in enumerate(batch)}
     run.policy.train()
     answers = functools.reduce(dict.__or__, gather(answers))
-    lines = []
-    for prompt, fold in side.fold_of.items():
-        if prompt in answers:  # not cut by --max_eval_samples
-            lines.append({"prompt": prompt, "fold": fold, "completions": answers[prompt]})
+    prompts = [prompt for prompt in side.fold_of if prompt in answers]  # less --max_eval_samples
+    lines = [{"prompt": p, "fold": side.fold_of[p], "completions": answers[p]} for p in prompts]
     if RANK == 0:
         write_jsonl(args.output_dir / f"generations-{run.step}.jsonl", lines)
 
@@ -1214,8 +1219,10 @@ def generate(run: Run) -> None:
 def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.ndarray, float]:
     """Eq. 2 for dice: (π* of one die's faces, (sides,)), and V*(x) in normalised rewards."""
     dice, sides = parse_dice(prompt)
-    weights = np.exp(np.arange(1, sides + 1) / (std * tau))
-    return weights / weights.sum(), tau * dice * math.log(weights.mean()) - mean / std
+    # Counted from the highest face: exp() of a small τ would overflow.
+    weights = np.exp((np.arange(1, sides + 1) - sides) / (std * tau))
+    value = tau * dice * math.log(weights.mean()) + (dice * sides - mean) / std
+    return weights / weights.sum(), value
 
 
 def dice_report(run: Run, final: dict) -> dict:
@@ -1239,7 +1246,7 @@ def dice_report(run: Run, final: dict) -> dict:
     for name, rewards in (("optimum", best), ("fair", fair)):
         results[name] = {"reward": float(np.mean(rewards))}
     value_of = dict(zip(side.triplets["prompt"], final["values"].tolist()))
-    errors = [value_of[prompt] - best for prompt, (_, best) in optimum.items()]
+    errors = [value_of[prompt] - exact for prompt, (_, exact) in optimum.items()]
     results["value_rmse"] = float(np.sqrt(np.mean(np.square(errors))))
 
     # The picture: one die that was held out. Its rolls are rows, so their probabilities are known.
@@ -1336,7 +1343,7 @@ def make_pairs(ours: dict, theirs: dict, seed: int) -> list[dict]:
 
 
 def judge_by_reward(pairs: list[dict]) -> np.ndarray:
-    """1 where A has the higher true reward, 0 where B has, ½ for a tie; no roll loses to any."""
+    """1 where A has the higher true reward, 0 where B has, ½ for a tie; what is no roll loses to any roll."""
     rewards = np.array([[dice_reward(p["prompt"], p[x]) or -1 for x in "AB"] for p in pairs])
     return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
 
@@ -1363,7 +1370,7 @@ class ModelJudge:
         longest = getattr(self.config, "max_position_embeddings", None) or 4096
         longest = min(longest, self.tokenizer.model_max_length, 4096)
         # Each of the three texts gets a third of what JUDGE_PROMPT leaves, less some for the seams.
-        self.part = math.inf
+        self.part = math.inf  # uncut
         empty = len(self.encode({"prompt": "", "A": "", "B": ""}))
         self.part = (longest - empty - 8) // 3
         if self.part < 1:
@@ -1392,7 +1399,7 @@ class ModelJudge:
             batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
             answer = torch.zeros_like(answer)
         with head_reads(self.model, lambda hidden: hidden[torch.arange(len(hidden)), answer]):
-            logits = self.model(**batch, use_cache=False).logits.float()  # (b, vocabulary)
+            logits = self.model(**batch, use_cache=False).logits  # (b, vocabulary)
         a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
         return (a - b).cpu()
 
@@ -1419,10 +1426,10 @@ def read_verdicts(file: Path, pairs: list[dict]) -> np.ndarray:
         try:
             verdict = json.loads(line)
             name, score = verdict["id"], {"A": 1.0, "B": 0.0, "tie": 0.5}[verdict["winner"]]
+            unknown, repeated = unknown + (name not in known), repeated + (name in scores)
         except (ValueError, KeyError, TypeError):
             message = f"{file}, line {number_of_line}: {line[:80]!r} is not {VERDICT}"
             raise UserError(message) from None
-        unknown, repeated = unknown + (name not in known), repeated + (name in scores)
         scores.setdefault(name, score)
     missing = len(known - set(scores))
     say(f"{file}: {missing} of {len(known)} ids missing, {unknown} unknown, {repeated} repeated")
@@ -1460,13 +1467,9 @@ def win_rates(pairs: list[dict], scores: np.ndarray, seed: int, resamples: int =
         total = counts.sum()
         # Drawing prompts with replacement is drawing how often each distinct score comes up.
         bootstrap.append(rng.multinomial(total, counts / total, size=resamples) @ values / total)
-        folds[str(fold)] = {
-            "win_rate": float(values @ counts / total),
-            "prompts": int(total),
-            "wins": int(counts[values > 0.5].sum()),
-            "ties": int(counts[values == 0.5].sum()),
-            "losses": int(counts[values < 0.5].sum()),
-        }
+        tally = {"wins": values > 0.5, "ties": values == 0.5, "losses": values < 0.5}
+        folds[str(fold)] = {"win_rate": float(values @ counts / total), "prompts": int(total)}
+        folds[str(fold)] |= {name: int(counts[which].sum()) for name, which in tally.items()}
     rates = [fold["win_rate"] for fold in folds.values()]
     spread = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
     result = {"win_rate": float(np.mean(rates)), "std": spread}
@@ -1555,8 +1558,9 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write in --output_dir {folder}: {error.strerror}") from error
-    if folder.resolve() == Path(args.model_name_or_path).resolve():
-        raise UserError(f"--output_dir {folder} is the model to start from: give another folder")
+    model = Path(args.model_name_or_path).resolve()
+    if model.exists() and folder.resolve() in (model, *model.parents):
+        raise UserError(f"--output_dir {folder} holds the model to start from: give another folder")
     holds = {name for name in RUN_FILES if any(folder.glob(name))}
     if args.resume and holds <= {"args.json"}:
         say(f"{folder} holds no complete checkpoint: starting afresh")
@@ -1573,9 +1577,8 @@ def check_output_dir(args: argparse.Namespace) -> Path | None:
     given = as_saved(vars(args))
     names = [name for name in given.keys() - FREE_ON_RESUME if given[name] != saved.get(name)]
     if names:
-        changes = (f"{name} was {saved.get(name)} and is {given[name]}" for name in sorted(names))
-        changes = ", ".join(changes)
-        raise UserError(f"--resume needs the interrupted run's arguments: {changes}")
+        changes = [f"{name} was {saved.get(name)} and is {given[name]}" for name in sorted(names)]
+        raise UserError(f"--resume needs the interrupted run's arguments: {', '.join(changes)}")
     return found[-1]
 
 
@@ -1592,8 +1595,9 @@ def start(args: argparse.Namespace) -> Run:
         gather(None)
     args.micro_batch_tokens = args.micro_batch_tokens or token_budget(args, policy.config)
     if args.overfit_one_batch:
-        rows = next(stream_rows(len(train_side.rewards), args.train_batch_size, [1], args.seed))
-        train_side = train_side.select(np.unique(rows))
+        side, size = train_side, args.train_batch_size
+        rows = np.unique(next(stream_rows(len(side.rewards), size, [1], args.seed)))
+        train_side = Side(side.triplets.select(rows), side.rewards[rows], side.lengths[rows], {})
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     policy.train().to(device())
@@ -1609,7 +1613,7 @@ def start(args: argparse.Namespace) -> Run:
     if RANK > 0:
         return run
     if checkpoint:  # this step's evaluation, and all that was logged after it, comes again
-        kept = lambda line: line["step"] < run.step + ("eval_loss" not in line)
+        kept = lambda line: line["step"] < run.step + (0 if "eval_loss" in line else 1)
         write_jsonl(folder / "metrics.jsonl", filter(kept, read_jsonl(folder / "metrics.jsonl")))
         return run
     for path in itertools.chain.from_iterable(folder.glob(name) for name in STALE_FILES):
@@ -1695,13 +1699,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, run, handlers = parse_args(argv), None, {}
     flags = sys.argv[1:] if argv is None else argv
     flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
+    flags += [] if args.compare else ["--resume"]
     program = "python" if WORLD_SIZE == 1 else "torchrun …"
-    go_on = f"go on with: {program} drov.py {shlex.join([*flags, '--resume'])}"
+    go_on = f"go on with: {program} drov.py {shlex.join(flags)}"
     stop_signals.clear()
-    meet_processes()
     try:
+        meet_processes()
         if args.compare:
-            compare(args)
+            if RANK == 0:
+                compare(args)
             return
         run = start(args)
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -1715,7 +1721,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail(f"stopped at once; {go_on}", 128 + signal.SIGINT)
+        fail(f"stopped at once; {go_on}", 128 + signal.SIGINT, alone=True)
     except FloatingPointError as error:
         fail(error, 1)
     except torch.OutOfMemoryError:
@@ -1723,9 +1729,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.compare:
             budgets["--micro_batch_tokens"] = args.micro_batch_tokens
         tries = " and ".join(f"{flag} {size // 2} (was {size})" for flag, size in budgets.items())
-        fail(f"out of GPU memory: try {tries}; what was complete is kept: --resume", 1)
+        fail(f"out of GPU memory: try {tries}; what was complete is kept; {go_on}", 1, alone=True)
     except (OSError, SafetensorError) as error:  # a full disk, most likely
-        fail(f"{error}. What was complete is kept; {go_on}", 1)
+        fail(f"{error}. What was complete is kept; {go_on}", 1, alone=True)
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -664,6 +664,8 @@ def test_the_optimum_of_dice_is_eq_2():
     rewards = np.array([(a + b - mean) / std for a, b in rolls])
     exact = tau * np.log(np.mean(np.exp(rewards / tau)))
     assert value == pytest.approx(exact)
+    steep, high = drov.dice_optimum("Ada rolls 2d4", mean, std, 1e-4)  # all but the best roll
+    assert steep.tolist() == [0, 0, 0, 1] and high == pytest.approx((8 - mean) / std, abs=1e-3)
     joint = np.exp((rewards - exact) / tau) / 16
     assert [pi[a - 1] * pi[b - 1] for a, b in rolls] == pytest.approx(joint.tolist())
     assert drov.dice_reward("Ada rolls 2d4", "43") == 7
@@ -708,6 +710,8 @@ def test_dice_learns_in_a_few_steps_and_reports_it(tmp_path, capsys):
         ("--top_p 1.5", "<= 1"),
         ("--unknown", "unrecognized arguments: --unknown"),
         ("--temperature 0 --num_return_sequences 2", "--temperature 0"),
+        ("--resume --overwrite_output_dir", "give one of them"),
+        ("--compare a b --verdicts v.jsonl --judge reward", "--verdicts goes with --judge file"),
         (
             "--dice --split_mode prompt_fold --eval_prompts_per_fold 8 --eval_fold_index 5",
             "folds are 0 to 4",
@@ -733,6 +737,7 @@ def test_a_wrong_flag_ends_in_one_line_that_says_what_to_do(
         ("", "cannot read"),
         ("{not json}\n", "cannot read"),
         ('{"prompt": "a", "answer": "b"}\n', "has the columns ['answer', 'prompt']: it needs prompt, completion"),
+        ('{"instruction": "a", "completions": "b"}\n', "hold something else"),
         ('{"prompt": "a", "completion": "", "reward": 1}\n', "has no usable row (dropped: 1 without a completion)"),
         ('{"prompt": "a", "completion": "b", "reward": 1}\n{"prompt": "b", "completion": "b", "reward": 1}\n',
          "training rewards are 1.0"),
@@ -759,9 +764,9 @@ def test_a_wrong_model_or_folder_ends_in_one_line_and_nothing_is_overwritten(
     gpt = tmp_path / "gpt"
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16)).save_pretrained(gpt)
     assert "decoder-only" in fails(capsys, *flags, "--model_name_or_path", gpt)
-    assert "is the model to start from" in fails(
-        capsys, *flags, "--output_dir", t5, "--overwrite_output_dir"
-    )
+    for folder in (t5, t5.parent):
+        error = fails(capsys, *flags, "--output_dir", folder, "--overwrite_output_dir")
+        assert "holds the model to start from" in error
     assert "holds a run or a model" in fails(capsys, *flags, "--output_dir", gpt)
     (tmp_path / "file").touch()
     assert "cannot write in" in fails(capsys, *flags, "--output_dir", tmp_path / "file" / "run")
