@@ -668,7 +668,7 @@ def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> It
     """Within it, the product with the vocabulary sees only selected states, and is in float32.
 
     It is the largest product of all, and not one for bfloat16: logits would have three digits, and
-    over a few hundred tokens the rounding adds up to as much as a step of training changes.
+    their rounding would add up over a completion's tokens (README, detail 16).
     """
     head = model.get_output_embeddings()
 
@@ -848,8 +848,8 @@ class Run:
     def precision(self) -> Iterator[None]:
         """bfloat16 if asked for, and the same attention kernels with gradients as without.
 
-        Left to itself, torch takes one for π_ref and another for π, whose rounding differs by more
-        than π does after a step (README, detail 17).
+        Left to itself, torch takes one for π_ref and another for π, which round differently, and
+        log π/π_ref would show it (README, detail 16).
         """
         kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # on a GPU, on a CPU
         kind, bf16 = self.policy.device.type, self.args.bf16
