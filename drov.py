@@ -654,8 +654,8 @@ def load_policy(
         if not hasattr(config, "dropout_rate"):
             raise UserError(f"{source} ({config.model_type}) is no T5: not supported yet")
         config.dropout_rate = 0.0  # with dropout, log π/π_ref would not be 0 at step 0
-        if config.dense_act_fn == "gelu_new":  # written out: slow, and keeps more for backward()
-            config.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one piece
+        if getattr(config, "dense_act_fn", None) == "gelu_new":  # in eight steps, which all keep
+            config.dense_act_fn = "gelu_pytorch_tanh"  # something for backward(); this is in one
         options = {"revision": revision, "config": config, "dtype": torch.float32}
         policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
         # Sampling is as the flags say: no beams and no penalties of the model's own.
