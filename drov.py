@@ -178,6 +178,7 @@ DICE = {
     "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "logging_steps": 50,
     "eval_steps": 100, "save_steps": 300, "max_new_tokens": 8, "num_return_sequences": 50,
+    "bf16": False,
 }  # fmt: skip
 
 # Arguments that say where a run is kept or how work is cut, and change nothing that is learnt.
