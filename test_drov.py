@@ -34,6 +34,7 @@ from transformers import (
 
 import drov
 
+words = str.split  # flags as on the command line, as a list
 SPLIT = {"num_eval_prompts": 3, "num_eval_folds": 3, "eval_prompts_per_fold": 4}
 
 
@@ -230,10 +231,8 @@ def test_the_gelu_in_one_piece_is_the_one_written_out(tmp_path):
     written_out.save_pretrained(tmp_path)
     ByT5Tokenizer().save_pretrained(tmp_path)
     policy, _ = drov.load_policy(drov.parse_args([]), tmp_path)
-    assert (written_out.config.dense_act_fn, policy.config.dense_act_fn) == (
-        "gelu_new",
-        "gelu_pytorch_tanh",
-    )
+    assert written_out.config.dense_act_fn == "gelu_new"
+    assert policy.config.dense_act_fn == "gelu_pytorch_tanh"
     x, labels = torch.randint(3, 200, (2, 4, 20))
     batch = {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": labels}
     logps = [drov.sequence_logps(model, batch) for model in (written_out, policy)]
@@ -486,17 +485,7 @@ def test_step_one_moves_and_each_rate_follows_its_flag(flags):
 
 
 def test_a_killed_and_a_stopped_run_go_on_to_the_bit(flags, tmp_path, capsys):
-    flags = [
-        *flags,
-        "--sft_steps",
-        "2",
-        "--max_steps",
-        "30",
-        "--logging_steps",
-        "3",
-        "--save_total_limit",
-        "3",
-    ]
+    flags += words("--sft_steps 2 --max_steps 30 --logging_steps 3 --save_total_limit 3")
     drov.main([*flags, "--output_dir", str(tmp_path / "whole")])
     flags += ["--output_dir", str(tmp_path / "cut")]
     program = [sys.executable, drov.__file__, *flags]
@@ -532,16 +521,7 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_bit(flags, tmp_path, capsys):
 
 def test_a_run_leaves_every_file_and_a_policy_that_loads_and_generates(flags, tmp_path):
     folds = ["--split_mode", "prompt_fold", "--num_eval_folds", "2", "--eval_prompts_per_fold", "3"]
-    answers = [
-        "--eval_fold_index",
-        "all",
-        "--num_return_sequences",
-        "2",
-        "--top_p",
-        "0.9",
-        "--seed",
-        "7",
-    ]
+    answers = words("--eval_fold_index all --num_return_sequences 2 --top_p 0.9 --seed 7")
     drov.main([*flags, *folds, *answers])
     folder = tmp_path / "run"
     policy, tokenizer = (
@@ -596,9 +576,8 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(flags, tmp_path, caps
 
 
 def torchrun(processes, *flags):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc_per_node", str(processes), drov.__file__, *flags]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    launcher = words("-m torch.distributed.run --standalone --nproc_per_node")
+    return [sys.executable, *launcher, str(processes), drov.__file__, *flags]
 
 
 @pytest.mark.parametrize(("processes", "held_out"), [(2, 7), (4, 3)])  # 4: one has no row of 3
@@ -611,7 +590,8 @@ def test_processes_train_as_one_does_and_one_goes_on_where_they_stopped(
     drov.main([*flags, *more, "--output_dir", str(one)])
     part = ["--per_device_train_batch_size", str(8 // processes), "--output_dir", str(two)]
     part = [*flags, *more, *part]
-    done = torchrun(processes, *part)
+    command = torchrun(processes, *part)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on") == 0 and done.stdout.count("held out") == 4  # one speaks
 
@@ -634,18 +614,9 @@ def test_processes_train_as_one_does_and_one_goes_on_where_they_stopped(
 
 
 def test_a_rank_that_dies_ends_the_run(flags, tmp_path):
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
     endless = [*flags, "--max_steps", "100000", "--output_dir", str(tmp_path / "dies")]
-    process = subprocess.Popen(
-        [*launcher, drov.__file__, *endless], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command, silent = torchrun(2, *endless), subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=silent, stderr=silent)
     while not (tmp_path / "dies" / "checkpoint-2").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -675,16 +646,8 @@ def test_the_optimum_of_dice_is_eq_2():
 
 
 def test_dice_learns_in_a_few_steps_and_reports_it(tmp_path, capsys):
-    short = [
-        "--sft_steps",
-        "150",
-        "--max_steps",
-        "100",
-        "--num_return_sequences",
-        "25",
-        "--max_train_samples",
-        "8000",
-    ]
+    short = words("--sft_steps 150 --max_steps 100 --num_return_sequences 25")
+    short += words("--max_train_samples 8000")
     drov.main(["--dice", "--output_dir", str(tmp_path / "run"), *short])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["policy"]["reward"] > results["sft"]["reward"] + 0.4
@@ -746,16 +709,8 @@ def test_a_wrong_flag_ends_in_one_line_that_says_what_to_do(
 def test_a_bad_file_ends_in_one_line_that_says_what_it_lacks(text, says, tmp_path, capsys):
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
-    flags = [
-        "--dice",
-        "--dataset_name",
-        file,
-        "--num_eval_prompts",
-        1,
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    assert says in fails(capsys, *flags)
+    flags = ["--dice", "--dataset_name", file, "--output_dir", tmp_path / "run"]
+    assert says in fails(capsys, *flags, "--num_eval_prompts", 1)
 
 
 def test_a_wrong_model_or_folder_ends_in_one_line_and_nothing_is_overwritten(
@@ -840,32 +795,9 @@ def test_the_interval_covers_the_true_win_rate_about_95_times_in_100():
 
 
 def test_dice_runs_are_compared_fold_by_fold_and_bad_comparisons_are_refused(tmp_path, capsys, t5):
-    common = [
-        "--dice",
-        "--split_mode",
-        "prompt_fold",
-        "--num_eval_folds",
-        "2",
-        "--eval_prompts_per_fold",
-        "20",
-    ]
-    common += [
-        "--sft_steps",
-        "60",
-        "--max_steps",
-        "4",
-        "--save_steps",
-        "2",
-        "--generate_every_save",
-    ]
-    common += [
-        "--num_return_sequences",
-        "2",
-        "--max_train_samples",
-        "500",
-        "--max_eval_samples",
-        "1000",
-    ]
+    common = words("--dice --split_mode prompt_fold --num_eval_folds 2 --eval_prompts_per_fold 20")
+    common += words("--sft_steps 60 --max_steps 4 --save_steps 2 --generate_every_save")
+    common += words("--num_return_sequences 2 --max_train_samples 500 --max_eval_samples 1000")
 
     def run(name, *more):
         drov.main([*common, "--output_dir", str(tmp_path / name), *more])
@@ -952,16 +884,8 @@ def test_a_model_judges_by_its_log_probabilities_and_sees_no_name(kind, t5, tmp_
             "initializer_range": 0.3,
         }
         GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(folder)
-    args = drov.parse_args(
-        [
-            "--judge",
-            "model",
-            "--judge_model_name_or_path",
-            str(folder),
-            "--per_device_eval_batch_size",
-            "3",
-        ]
-    )
+    size = words("--judge model --per_device_eval_batch_size 3")
+    args = drov.parse_args([*size, "--judge_model_name_or_path", str(folder)])
     judge = drov.ModelJudge(args)
     pairs = [{"prompt": "p" * n, "A": "a" * (3 * n), "B": "bc" * n} for n in (1, 20, 3, 200, 7)]
     verdicts = judge(pairs)
