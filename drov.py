@@ -70,7 +70,6 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -127,7 +126,7 @@ def meet_processes() -> None:
     if device().type == "cuda":
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > gpus:
-            raise UserError(f"{here} processes for {gpus} GPUs: lower --nproc_per_node")
+            fail(f"{here} processes for {gpus} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(device())
         torch.set_float32_matmul_precision("high")  # TF32, for what stays float32
     if WORLD_SIZE > 1:
@@ -321,7 +320,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume and args.overwrite_output_dir:
         fail("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
     if args.bf16 is None:
-        args.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     # A step's rows depend on their number alone, however many processes share them.
     args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.train_batch_size *= WORLD_SIZE
@@ -666,7 +665,8 @@ def load_policy(
 
 @contextmanager
 def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the product with the vocabulary sees only selected states, and is in float32.
+    """Within it, the product with the vocabulary sees only selected states, and is in float32
+    (TF32 on a GPU).
 
     It is the largest product of all, and not one for bfloat16: logits would have three digits, and
     their rounding would add up over a completion's tokens (README, detail 16).
@@ -845,17 +845,8 @@ class Run:
             on_device["ref_logps"] = side.ref_logps[rows]
         return batch | {name: to_device(x, self.policy.device) for name, x in on_device.items()}
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """bfloat16 if asked for, and the same attention kernels with gradients as without.
-
-        Left to itself, torch takes one for π_ref and another for π, which round differently, and
-        log π/π_ref would show it (README, detail 16).
-        """
-        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # on a GPU, on a CPU
-        kind, bf16 = self.policy.device.type, self.args.bf16
-        with sdpa_kernel(kernels), torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
-            yield
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
 
 
 def pool(window: dict[str, list]) -> dict[str, Tensor]:
@@ -1048,7 +1039,7 @@ def train(run: Run, last: int) -> Iterator[int]:
         divisor = int(side.lengths[rows, 1].sum()) if sft else len(rows)
         for micro in micro_batches(rows, side.lengths, args.micro_batch_tokens):
             batch = run.batch(side, micro)
-            with run.precision():
+            with run.autocast():
                 policy_logps = sequence_logps(run.policy, batch)
                 if sft:  # maximum likelihood: the mean over the batch's tokens
                     row_loss = -policy_logps
@@ -1112,7 +1103,7 @@ def score(run: Run, side: Side, rows: np.ndarray, function: Callable, desc: str)
     """
     part = [(np.empty(0, dtype=np.int64), torch.empty(0))]
     for micro in progress(micro_batches(rows, side.lengths, run.args.micro_batch_tokens), desc):
-        with run.precision():
+        with run.autocast():
             part.append((micro, function(run.batch(side, micro)).float().cpu()))
     scored, numbers = zip(*itertools.chain.from_iterable(gather(part)))
     numbers = torch.cat(numbers)
@@ -1199,7 +1190,7 @@ def generate(run: Run) -> None:
         torch.manual_seed(int(sha256(args.seed, *batch)[:15], 16))
         inputs = run.batch(side, np.array([row_of[prompt] for prompt in batch]))
         inputs = {x: inputs[x].to(run.policy.device) for x in ("input_ids", "attention_mask")}
-        with run.precision(), head_reads(run.policy, lambda states: states):
+        with run.autocast(), head_reads(run.policy, lambda states: states):
             ids = run.policy.generate(**inputs, **sampling, num_return_sequences=each)
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
         answers |= {prompt: texts[i * each : (i + 1) * each] for i, prompt in enumerate(batch)}
@@ -1399,7 +1390,8 @@ class ModelJudge:
             start = self.config.decoder_start_token_id
             batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
             answer = torch.zeros_like(answer)
-        with head_reads(self.model, lambda hidden: hidden[torch.arange(len(hidden)), answer]):
+        rows = torch.arange(len(inputs), device=answer.device)
+        with head_reads(self.model, lambda states: states[rows, answer]):
             logits = self.model(**batch, use_cache=False).logits  # (b, vocabulary)
         a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
         return (a - b).cpu()
@@ -1601,6 +1593,10 @@ def start(args: argparse.Namespace) -> Run:
         train_side = Side(side.triplets.select(rows), side.rewards[rows], side.lengths[rows], {})
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
+    # Left to itself, torch takes one attention kernel for π_ref and another, with gradients, for π:
+    # in bfloat16 they round differently, and log π/π_ref would show it (README, detail 16).
+    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU, too
+    torch.backends.cuda.enable_cudnn_sdp(False)
     policy.train().to(device())
     run = Run(args, policy, tokenizer, train_side, eval_side, manifest, step=-args.sft_steps)
     folder, manifest_file = args.output_dir, args.output_dir / "prompt_split_manifest.json"
@@ -1697,6 +1693,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if RANK > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     keep_freed_memory()
+    meet_processes()
     args, run, handlers = parse_args(argv), None, {}
     flags = sys.argv[1:] if argv is None else argv
     flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
@@ -1705,7 +1702,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     go_on = f"go on with: {program} drov.py {shlex.join(flags)}"
     stop_signals.clear()
     try:
-        meet_processes()
         if args.compare:
             if RANK == 0:
                 compare(args)
@@ -1720,7 +1716,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             gather(None)  # the others may not leave before the first has written
             fail(f"stopped at step {run.step}, with a checkpoint; {go_on}", 128 + stop_signals[0])
     except UserError as error:
-        fail(error)
+        fail(error, alone=error.__cause__ is not None)  # with a cause, it may be this process's
     except KeyboardInterrupt:
         fail(f"stopped at once; {go_on}", 128 + signal.SIGINT, alone=True)
     except FloatingPointError as error:

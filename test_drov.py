@@ -214,7 +214,7 @@ def test_bf16_computes_the_policy_and_the_reference_alike(flags):
     for rows in drov.stream_rows(56, 8, range(1, 8), 0):  # with gradients, in other batches
         for micro in drov.micro_batches(rows, side.lengths, 300):
             batch = run.batch(side, micro)
-            with run.precision():
+            with run.autocast():
                 logps = drov.sequence_logps(run.policy, batch)
             assert logps.requires_grad and logps.dtype == torch.float32
             log_ratios.append(logps.detach() - batch["ref_logps"])
