@@ -460,9 +460,8 @@ def load_triplets(args: argparse.Namespace, dropped: Counter | None = None) -> d
     try:
         rows = rows.map(check_triplets, batched=True, **options)
     except (AttributeError, TypeError) as error:
-        raise UserError(
-            f"the columns of {args.dataset_name} hold something else: {error}"
-        ) from None
+        reason = f"has UltraFeedback's columns with something else in them: {error}"
+        raise UserError(f"{args.dataset_name} {reason}") from None
     counts = Counter(cause for cause in rows["dropped"] if cause)
     usable = rows.filter(lambda cause: cause is None, input_columns="dropped", desc="Dropping rows")
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())) or "none"
@@ -654,8 +653,9 @@ def load_policy(
         if not hasattr(config, "dropout_rate"):
             raise UserError(f"{source} ({config.model_type}) is no T5: not supported yet")
         config.dropout_rate = 0.0  # with dropout, log π/π_ref would not be 0 at step 0
-        if getattr(config, "dense_act_fn", None) == "gelu_new":  # in eight steps, which all keep
-            config.dense_act_fn = "gelu_pytorch_tanh"  # something for backward(); this is in one
+        # FLAN-T5's GELU in one piece instead of eight: the same function, less kept for backward().
+        if getattr(config, "dense_act_fn", None) == "gelu_new":
+            config.dense_act_fn = "gelu_pytorch_tanh"
         options = {"revision": revision, "config": config, "dtype": torch.float32}
         policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
         # Sampling is as the flags say: no beams and no penalties of the model's own.
@@ -1335,7 +1335,7 @@ def make_pairs(ours: dict, theirs: dict, seed: int) -> list[dict]:
 
 
 def judge_by_reward(pairs: list[dict]) -> np.ndarray:
-    """1 where A has the higher true reward, 0 where B has, ½ for a tie; what is no roll loses to any roll."""
+    """1 where A has the higher true reward, 0 where B has, ½ for a tie. Any roll beats no roll."""
     rewards = np.array([[dice_reward(p["prompt"], p[x]) or -1 for x in "AB"] for p in pairs])
     return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
 

@@ -700,7 +700,7 @@ def test_a_wrong_flag_ends_in_one_line_that_says_what_to_do(
         ("", "cannot read"),
         ("{not json}\n", "cannot read"),
         ('{"prompt": "a", "answer": "b"}\n', "has the columns ['answer', 'prompt']: it needs prompt, completion"),
-        ('{"instruction": "a", "completions": "b"}\n', "hold something else"),
+        ('{"instruction": "a", "completions": "b"}\n', "with something else in them"),
         ('{"prompt": "a", "completion": "", "reward": 1}\n', "has no usable row (dropped: 1 without a completion)"),
         ('{"prompt": "a", "completion": "b", "reward": 1}\n{"prompt": "b", "completion": "b", "reward": 1}\n',
          "training rewards are 1.0"),
