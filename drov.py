@@ -567,8 +567,9 @@ def load_sides(args: argparse.Namespace, tokenizer: Callable) -> tuple[Side, Sid
         x, y = [ids[-longest_x:] for ids in x], [ids[:longest_y] for ids in y]
         return {"input_ids": x, "labels": y}
 
-    fold_of = {prompt: fold for fold in folds for prompt in folds[fold]}
-    fold_of, sides = {prompt: fold_of[prompt] for prompt in held_out}, []
+    to_evaluate = prompts_of["eval"]  # one of the folds held out, or all
+    fold_of = {prompt: fold for fold in folds for prompt in folds[fold] if prompt in to_evaluate}
+    sides = []
     for table in tables.values():
         table = table.map(tokenize, batched=True, desc="Tokenising")
         rewards = (torch.tensor(table["reward"][:], dtype=torch.float64) - mean) / std
@@ -1189,7 +1190,7 @@ def generate(run: Run) -> None:
     for batch in progress(batches[RANK::WORLD_SIZE], "Answering"):
         torch.manual_seed(int(sha256(args.seed, *batch)[:15], 16))
         inputs = run.batch(side, np.array([row_of[prompt] for prompt in batch]))
-        inputs = {x: inputs[x].to(run.policy.device) for x in ("input_ids", "attention_mask")}
+        inputs = {x: to_device(inputs[x], device()) for x in ("input_ids", "attention_mask")}
         with run.autocast(), head_reads(run.policy, lambda states: states):
             ids = run.policy.generate(**inputs, **sampling, num_return_sequences=each)
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -1415,13 +1416,13 @@ def read_verdicts(file: Path, pairs: list[dict]) -> np.ndarray:
         lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read --verdicts {file}: {error}") from None
-    for number_of_line, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         try:
             verdict = json.loads(line)
             name, score = verdict["id"], {"A": 1.0, "B": 0.0, "tie": 0.5}[verdict["winner"]]
             unknown, repeated = unknown + (name not in known), repeated + (name in scores)
         except (ValueError, KeyError, TypeError):
-            message = f"{file}, line {number_of_line}: {line[:80]!r} is not {VERDICT}"
+            message = f"{file}, line {line_number}: {line[:80]!r} is not {VERDICT}"
             raise UserError(message) from None
         scores.setdefault(name, score)
     missing = len(known - set(scores))

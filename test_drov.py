@@ -7,7 +7,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for these models the fastest; subprocesse
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
