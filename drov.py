@@ -2,8 +2,7 @@
 """DRO-V in one file: learning from single rated answers, with a value for every prompt.
 
 The method of "Offline Regularised Reinforcement Learning for Large Language Models Alignment"
-(arXiv 2405.19107). The data are triplets (prompt x, completion y, reward r): no pairs, no reward
-model, no sampling during training. π_ref is the policy as training finds it. The goal is
+(arXiv 2405.19107). The data are triplets (prompt x, completion y, reward r). The goal is
 
     max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]                                    (Eq. 1)
 
@@ -16,53 +15,56 @@ so DRO-V fits both networks to make the two sides equal on the data:
     L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]                                          (Eq. 4)
 
 The algorithm:
-    1. score every triplet once with π_ref
-    2. draw a batch of triplets (x, y, r), whatever policy wrote y
+    1. score every triplet once with π_ref, the model that training starts from
+    2. draw a batch of triplets (x, y, r), whoever wrote y
     3. residual δ = r − V(x) − τ log π(y|x)/π_ref(y|x)
     4. V's gradient is that of ½ δ², the policy's that of ½ δ² / τ, as if they were two losses
-    5. one optimiser step for both, each at its own learning rate
-    6. go to 2
+    5. one optimiser step for both, each at its own learning rate; go to 2
 
 Runs to paste:
     python drov.py --dice                                            # the answer is known; a minute
-    python drov.py --dice --overfit_one_batch                        # can it fit one batch at all?
+    python drov.py --dice --value batch                              # what it is without a V(x)
     python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
     python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
-    python drov.py --split_mode prompt_fold --eval_fold_index all    # train once, answer all folds
     torchrun --nproc_per_node 4 drov.py --split_mode prompt_fold --per_device_train_batch_size 8
-                                                                     # the paper's batch, on 4 GPUs
 
-Read from top to bottom: processes, arguments, data, models, losses, the loop, evaluation, dice,
-comparison, main.
+Left out on purpose: pairs and reward models (TRL has both), sampling during training (DRO is
+offline), a second copy of π_ref (its log-probabilities are numbers on disk), dropout (log π/π_ref
+would not start at 0), LoRA and sharded weights (the loss works in any loop: see the README).
+
+Read from top to bottom: losses, models, data, the loop, evaluation, dice, comparison; then the
+machinery that keeps a run safe, the arguments, main.
 """
 
 import argparse
 import copy
+import csv
 import ctypes
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
-import huggingface_hub
+import filelock
 import numpy as np
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,606 +73,97 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    ByT5Tokenizer,
-    DataCollatorForSeq2Seq,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# ------------------------------------------------------------------------------------ processes
-
-# `torchrun` starts several copies of this program. All hold the same networks and see the same
-# rows; each works on its share of a step's rows (`micro_batches`), and they meet where a gradient,
-# a number to log, a score or an answer belongs to all. Alone, a process does nothing here.
-
-RANK = int(os.environ.get("RANK", "0"))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # among those of this node
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+# --------------------------------------------------------------------------------------- losses
 
 
-class UserError(ValueError):
-    """Something the user can put right; ends the program with this one line and exit code 2."""
+def dro_v_loss(
+    policy_logps: Tensor, ref_logps: Tensor, values: Tensor, rewards: Tensor, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DRO-V's policy loss, value loss and the residual that they share; everything (B,).
 
-
-def fail(message: object, code: int = 2, *, alone: bool = False) -> NoReturn:
-    """One line on stderr, then exit with `code`. What all processes find, each node says once;
-    what may have struck this process `alone`, it says."""
-    if LOCAL_RANK == 0 or alone:
-        print(f"drov.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    return torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def to_device(tensor: Tensor, target: torch.device) -> Tensor:
-    """`tensor` on `target`; to a GPU, copied while both it and the CPU do other things."""
-    if target.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(target, non_blocking=True)
-
-
-def meet_processes() -> None:
-    """Set up this process's GPU and its connection to the others, before anything else."""
-    if device().type == "cuda":
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if here > gpus:
-            fail(f"{here} processes for {gpus} GPUs: lower --nproc_per_node")
-        torch.cuda.set_device(device())
-        torch.set_float32_matmul_precision("high")  # TF32, for what stays float32
-    if WORLD_SIZE > 1:
-        backend = "nccl" if device().type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # downloads take their time
-
-
-def gather(item: Any) -> list:
-    """Every process's `item`, in order of rank; all processes wait here for the slowest."""
-    items = [item] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(items, item)
-    return items
-
-
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add up the processes' gradients, once a step; one that a process has not counts as zeros."""
-    if WORLD_SIZE > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-            pending.wait()
-
-
-def say(message: str) -> None:
-    """Print a line, once, without tearing the progress bar."""
-    if RANK == 0:
-        tqdm.write(message)
-
-
-# ------------------------------------------------------------------------------------ arguments
-
-DEFAULT_MODEL = "google/flan-t5-large"
-DEFAULT_DATASET = "openbmb/UltraFeedback"
-PINNED_REVISIONS = {
-    DEFAULT_MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
-    DEFAULT_DATASET: "40b436560ca83a8dba36114c22ab3c66e43f6d5e",  # overall_scores of 10 corrected
-}
-ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-SCHEDULES = ("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt")
-
-# What --dice changes. The value learns ten times faster than the policy: at equal rates and a
-# small τ the policy chases a wrong V, and mass leaks to what is no roll (README, detail 8).
-DICE = {
-    "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
-    "sft_steps": 600, "sft_learning_rate": 0.05, "max_steps": 300, "warmup_steps": 0,
-    "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
-    "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "logging_steps": 50,
-    "eval_steps": 100, "save_steps": 300, "max_new_tokens": 8, "num_return_sequences": 50,
-    "bf16": False,
-}  # fmt: skip
-
-# Arguments that say where a run is kept or how work is cut, and change nothing that is learnt.
-# The batch is compared as `train_batch_size`, over all processes.
-FREE_ON_RESUME = {
-    "output_dir", "resume", "overwrite_output_dir", "save_steps", "save_total_limit",
-    "micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-}  # fmt: skip
-
-
-def number(kind: type, minimum: float, *, above: bool = False, maximum: float = math.inf):
-    """An argparse type: a finite int or float, ≥ `minimum` (or above it) and ≤ `maximum`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-            inside = minimum < value if above else minimum <= value
-            if inside and math.isfinite(value) and value <= maximum:
-                return value
-        except ValueError:
-            pass
-        noun = "a whole number" if kind is int else "a finite number"
-        bound = f"{'>' if above else '>='} {minimum}" + f" and <= {maximum}" * (maximum < math.inf)
-        raise argparse.ArgumentTypeError(f"must be {noun} {bound}, not {text!r}")
-
-    return parse
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags to Namespace; the defaults are the paper's T5-L run. Exits with 2 on a bad flag."""
-    title = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("drov.py", description=title, allow_abbrev=False)
-    parser.error = fail  # one line instead of the usage text
-    count, size = number(int, 0), number(int, 1)
-    rate, positive = number(float, 0), number(float, 0, above=True)
-    probability = number(float, 0, above=True, maximum=1)
-    fold = lambda text: text if text == "all" else count(text)
-    switch = {"action": "store_true"}
-
-    def add(flag: str, default: object, text: str, **options) -> None:
-        shown = "" if default is None or default is False else f" (default: {default})"
-        group.add_argument(flag, default=default, help=text + shown, **options)
-
-    group = parser.add_argument_group("run")
-    add("--dice", False, "preset: the example with a known answer; other flags override", **switch)
-    add("--output_dir", None, "folder of the run (default: runs/DATASET-SPLIT-FOLD)", type=Path)
-    add("--resume", False, "go on from the newest complete checkpoint in --output_dir", **switch)
-    add("--overwrite_output_dir", False, "replace the run that --output_dir holds", **switch)
-    add("--seed", 42, "seeds split, batches, value head and samples; dice, too", type=count)
-    add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
-    add("--overfit_steps", 300, "steps of --overfit_one_batch", type=size)
-
-    group = parser.add_argument_group("data")
-    add("--dataset_name", DEFAULT_DATASET, "hub name, JSON, CSV or Parquet file, folder, or 'dice'")
-    add("--dataset_revision", None, "hub commit (default: pinned for the default dataset)")
-    add("--dataset_split", "train", "split of a hub dataset")
-    rewards = ("overall_score", "fine-grained_score", *ASPECTS)
-    add("--reward_key", "overall_score", "the number of UltraFeedback that is r", choices=rewards)
-    modes = ("prompt_seeded", "prompt_fold")
-    add("--split_mode", modes[0], "hold out one seeded set of prompts, or folds", choices=modes)
-    add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=size)
-    add("--num_eval_folds", 5, "folds held out by prompt_fold; none is trained on", type=size)
-    add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=size)
-    add("--eval_fold_index", 0, "the fold to evaluate, from 0, or 'all'", type=fold)
-    add("--max_train_samples", None, "keep this many training triplets (default: all)", type=size)
-    add("--max_eval_samples", None, "keep this many held-out triplets (default: all)", type=size)
-    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=size)
-    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning", type=size)
-
-    group = parser.add_argument_group("models")
-    add("--model_name_or_path", DEFAULT_MODEL, "T5-family encoder-decoder: π_ref, and π's start")
-    add("--model_revision", None, "hub commit (default: pinned for the default model)")
-    add("--share_policy_and_value_backbone", False, "V reads the policy's own encoder", **switch)
-    add("--gradient_checkpointing", False, "recompute activations: slower, less memory", **switch)
-    bf16 = "bfloat16 autocast; weights stay float32 (default: on where CUDA has it)"
-    add("--bf16", None, bf16, action=argparse.BooleanOptionalAction)
-
-    group = parser.add_argument_group("optimisation")
-    add("--tau", 1.0, "τ, the weight of the KL, in units of the normalised reward", type=positive)
-    add("--learning_rate", 1e-4, "the policy's learning rate", type=rate)
-    add("--value_learning_rate", 1e-4, "the value model's (if shared: its head's)", type=rate)
-    add("--rescale_policy_lr", False, "divide the policy's learning rate, too, by τ", **switch)
-    add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
-    add("--lr_scheduler_type", SCHEDULES[0], "learning rate over the steps", choices=SCHEDULES)
-    add("--warmup_steps", 150, "steps of linear warm-up, of SFT as well", type=count)
-    add("--max_steps", 40000, "steps of DRO-V; 0 only evaluates the starting policy", type=count)
-    add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=positive)
-    add("--per_device_train_batch_size", 32, "triplets a step and process", type=size)
-    add("--gradient_accumulation_steps", 1, "multiplies the batch", type=size)
-    budget = "padded tokens, x and y, that go through the models at once; changes no gradient "
-    budget += "(default: 1024 on a CPU, by memory on a GPU)"
-    add("--micro_batch_tokens", None, budget, type=size)
-    add("--sft_steps", 0, "steps of maximum likelihood before π_ref is fixed", type=count)
-    add("--sft_learning_rate", 1e-4, "learning rate of those steps", type=rate)
-
-    group = parser.add_argument_group("evaluation, logs and checkpoints")
-    add("--logging_steps", 10, "steps between two log lines", type=size)
-    add("--eval_steps", 2000, "steps between two evaluations", type=size)
-    add("--save_steps", 2000, "steps between two checkpoints", type=size)
-    add("--save_total_limit", None, "checkpoints to keep, the newest (default: all)", type=size)
-    add("--per_device_eval_batch_size", 32, "prompts answered at once", type=size)
-    add("--max_new_tokens", 512, "tokens of an answer, at most", type=size)
-    add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=rate)
-    add("--top_p", 1.0, "sample from the smallest set of tokens of this mass", type=probability)
-    add("--num_return_sequences", 1, "answers to each held-out prompt", type=size)
-    add("--generate_every_save", False, "answer at each --save_steps, too", **switch)
-
-    group = parser.add_argument_group("comparison (after training)")
-    policies = "compare two policies, each RUN, RUN@STEP (RUN@0: its start), or several with commas"
-    add("--compare", None, policies, nargs=2, metavar=("A", "B"))
-    judges = ("reward", "model", "file")
-    add("--judge", None, "who judges (default: reward for dice, else file)", choices=judges)
-    add("--judge_model_name_or_path", None, "the model that judges, of any instruction-tuned kind")
-    add("--judge_both_orders", False, "the model must agree in both orders, else a tie", **switch)
-    add("--verdicts", None, "JSON Lines with `id` and `winner`, for --judge file", type=Path)
-
-    if parser.parse_known_args(argv)[0].dice:
-        parser.set_defaults(**DICE)
-    args = parser.parse_args(argv)
-    args.model_revision = args.model_revision or PINNED_REVISIONS.get(args.model_name_or_path)
-    args.dataset_revision = args.dataset_revision or PINNED_REVISIONS.get(args.dataset_name)
-    if args.output_dir is None:
-        part = args.eval_fold_index if args.split_mode == "prompt_fold" else f"seed{args.seed}"
-        name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{part}"
-        name += "-overfit" if args.overfit_one_batch else ""
-        if args.compare:
-            name = "compare-" + re.sub(r"[^\w.@-]+", "-", "-vs-".join(args.compare))
-        args.output_dir = Path("runs") / name
-    if not args.compare and set(",@") & set(str(args.output_dir)):
-        fail("--output_dir may not contain a comma or an @: --compare reads them")
-    if (args.judge == "model") != bool(args.judge_model_name_or_path):
-        fail("--judge model and --judge_model_name_or_path go together")
-    if args.judge_both_orders and args.judge != "model":
-        fail("--judge_both_orders goes with --judge model")
-    if args.verdicts:
-        args.judge = args.judge or "file"
-        if args.judge != "file":
-            fail("--verdicts goes with --judge file")
-    if args.resume and args.overwrite_output_dir:
-        fail("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
-    if args.bf16 is None:
-        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    # A step's rows depend on their number alone, however many processes share them.
-    args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.train_batch_size *= WORLD_SIZE
-    if args.overfit_one_batch:
-        args.max_steps, args.warmup_steps, args.logging_steps = args.overfit_steps, 0, 1
-    if args.temperature == 0 and args.num_return_sequences > 1:
-        fail("--temperature 0 gives one answer: raise it, or leave --num_return_sequences at 1")
-    return args
-
-
-# ----------------------------------------------------------------------------------------- data
-
-# The example whose answer is known: the prompt "Ada rolls 3d6" asks for three rolls of a six-sided
-# die, "416" is a completion, 11 its reward.
-
-NAMES = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
-Rózsa Sofia Sophie Srinivasa Thomas"""
-
-
-def dice_rolls(seed: int) -> datasets.Dataset:
-    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
-    rng, rows = np.random.default_rng(seed), []
-    for name, dice, sides in itertools.product(NAMES.split(), (1, 2, 3, 4), (4, 6, 8)):
-        for roll in rng.integers(1, sides + 1, size=(64, dice)):
-            completion = "".join(map(str, roll))
-            row = {"prompt": f"{name} rolls {dice}d{sides}", "completion": completion}
-            rows.append({**row, "reward": int(roll.sum())})
-    return datasets.Dataset.from_list(rows)
-
-
-def parse_dice(prompt: str) -> tuple[int, int]:
-    """`Ada rolls 3d6` → (3, 6)."""
-    dice, sides = prompt.rsplit(" ", 1)[1].split("d")
-    return int(dice), int(sides)
-
-
-def dice_reward(prompt: str, completion: str) -> int | None:
-    """The true reward: the sum of the faces, or None for what is not a roll of these dice."""
-    dice, sides = parse_dice(prompt)
-    faces = ["12345678".find(face) + 1 for face in completion]  # 0 for what is no face
-    return sum(faces) if len(faces) == dice and all(1 <= face <= sides for face in faces) else None
-
-
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def read_rows(args: argparse.Namespace) -> datasets.Dataset:
-    """The raw rows of dice, of a file or a folder of files, or of a dataset on the hub."""
-    name, path = args.dataset_name, Path(args.dataset_name)
-    if name == "dice":
-        return dice_rolls(args.seed)
-    files = sorted(f for f in path.iterdir() if f.suffix in BUILDERS) if path.is_dir() else [path]
-    builders = {BUILDERS.get(file.suffix) for file in files}
-    if path.exists() and (len(builders) != 1 or None in builders):
-        raise UserError(f"--dataset_name {name} is not one kind of .jsonl, .json, .csv or .parquet")
-    if not path.exists() and None not in builders:
-        raise UserError(f"--dataset_name {name} does not exist")
-    try:
-        if not path.exists():
-            revision = args.dataset_revision
-            return datasets.load_dataset(name, split=args.dataset_split, revision=revision)
-        (builder,) = builders
-        # CSV has no types: a completion "007" would become a number, and "NA" nothing at all. Those
-        # of JSON are guessed chunk by chunk: rewards that begin as whole numbers must remain so.
-        texts = dict.fromkeys(("prompt", "completion", "reward"), str)
-        options = {"keep_default_na": False, "converters": texts} if builder == "csv" else {}
-        options = {"chunksize": 2**30} if builder == "json" else options
-        paths = [str(file) for file in files]
-        return datasets.load_dataset(builder, data_files=paths, split="train", **options)
-    except ConnectionError as error:
-        hint = "use --dataset_name FILE, or --dice, which needs no network"
-        raise UserError(f"cannot reach the dataset {name} on the hub ({error}): {hint}") from error
-    except Exception as error:  # the readers' exceptions have no common base
-        reason = str(error.__cause__ or error) or "it is empty"
-        raise UserError(f"cannot read the dataset {name}: {reason[:300]}") from error
-
-
-# The columns of a triplet, and why the row cannot be used, or None if it can.
-TYPES = {"prompt": "string", "completion": "string", "reward": "float64", "dropped": "string"}
-TRIPLET_FEATURES = datasets.Features({name: datasets.Value(kind) for name, kind in TYPES.items()})
-
-
-def ultrafeedback_triplets(batch: dict, reward_key: str) -> Iterator[tuple]:
-    """Raw (prompt, completion, reward) from rows of an instruction and its rated completions."""
-    for prompt, completions in zip(batch["instruction"], batch["completions"], strict=True):
-        for completion in completions or [{}]:  # an empty list counts as one row that is dropped
-            reward = completion.get(reward_key)
-            if reward_key in ASPECTS:
-                annotation = (completion.get("annotations") or {}).get(reward_key) or {}
-                reward = annotation.get("Rating")
-            yield prompt, completion.get("response"), reward
-
-
-def check_triplets(batch: dict, reward_key: str) -> dict:
-    """Columns of TRIPLET_FEATURES from rows in either schema."""
-    if batch.keys() >= {"prompt", "completion", "reward"}:
-        triplets = zip(batch["prompt"], batch["completion"], batch["reward"], strict=True)
-    else:
-        triplets = ultrafeedback_triplets(batch, reward_key)
-    columns = {name: [] for name in TRIPLET_FEATURES}
-    for prompt, completion, reward in triplets:
-        if isinstance(reward, str):
-            reward = {"true": 1, "false": 0}.get(reward.strip().lower(), reward)
-        try:
-            reward = float(reward)  # UltraFeedback's ratings are strings; True is 1
-        except (TypeError, ValueError):
-            reward = None
-        cause = None
-        if not isinstance(prompt, str) or not prompt.strip():
-            cause = "without a prompt"
-        elif not isinstance(completion, str) or not completion.strip():
-            cause = "without a completion"
-        elif reward is None:
-            cause = "without a reward"
-        elif not math.isfinite(reward):
-            cause = "with a reward that is not finite"
-        row = (None, None, None, cause) if cause else (prompt.strip(), completion, reward, None)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    return columns
-
-
-def load_triplets(args: argparse.Namespace, dropped: Counter | None = None) -> datasets.Dataset:
-    """Read the data as triplets.
-
-    Columns of the result: `prompt` (str, stripped), `completion` (str), `reward` (float, raw). Rows
-    that cannot be used are left out, and counted by cause in one printed line and in `dropped`.
-    Raises UserError if the data cannot be read, lack the columns or have no usable row.
+    The means of the losses have as gradients Eq. 8 / τ (in `policy_logps`; none in `values`) and
+    Eq. 7 (in `values`; none in `policy_logps`), both over B. Eq. 4 is ½ mean(residual²).
     """
-    rows = read_rows(args)
-    names = set(rows.column_names)
-    if not ({"prompt", "completion", "reward"} <= names or {"instruction", "completions"} <= names):
-        needs = "prompt, completion and reward, or UltraFeedback's instruction and completions"
-        raise UserError(f"{args.dataset_name} has the columns {sorted(names)}: it needs {needs}")
-    options = {"fn_kwargs": {"reward_key": args.reward_key}, "features": TRIPLET_FEATURES}
-    options |= {"remove_columns": rows.column_names, "desc": "Reading triplets"}
-    try:
-        rows = rows.map(check_triplets, batched=True, **options)
-    except (AttributeError, TypeError) as error:
-        reason = f"has UltraFeedback's columns with something else in them: {error}"
-        raise UserError(f"{args.dataset_name} {reason}") from None
-    counts = Counter(cause for cause in rows["dropped"] if cause)
-    usable = rows.filter(lambda cause: cause is None, input_columns="dropped", desc="Dropping rows")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items())) or "none"
-    say(f"{len(usable)} triplets from {args.dataset_name}; rows dropped: {causes}")
-    if not len(usable):
-        raise UserError(f"{args.dataset_name} has no usable row (dropped: {causes})")
-    if dropped is not None:
-        dropped.update(counts)
-    return usable.remove_columns("dropped")
+    log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
+    residual = rewards - values - tau * log_ratio  # δ, zero at (π*, V*): Eq. 3
+    # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V. The policy is held fixed.
+    value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
+    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ.
+    # Algorithm 1 prints ½ for τ/2, which has another fixed point unless τ = 1. Adafactor and Adam
+    # all but cancel a gradient's scale: who takes the paper's 1/τ to mean the update divides
+    # --learning_rate by τ.
+    policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
+    return policy_loss, value_loss, residual
 
 
-def sha256(*texts: object) -> str:
-    """Hexadecimal digest of the texts, a line each."""
-    return hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
+def kto_loss(
+    policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, beta: float
+) -> Tensor:
+    """KTO's loss (arXiv 2402.01306), the paper's baseline: (B,); `desirable` bool, `kl` () ≥ 0.
 
-
-def split_prompts(
-    prompts: Iterable[str],
-    mode: str,
-    *,
-    seed: int,
-    num_eval_prompts: int,
-    num_eval_folds: int,
-    eval_prompts_per_fold: int,
-    eval_fold_index: int | str,
-) -> tuple[list[str], list[str]]:
-    """(train, eval): two disjoint lists of unique prompts, folds in their order.
-
-    The order of the prompts is that of a hash, so it depends on their set and `seed` alone.
-    prompt_fold holds *all* folds out of training, so that one trained model may be judged on each.
-    Raises UserError if there are too few prompts, or no such fold.
+    `kl` is z₀, an estimate of the KL from mismatched pairs of the same batch, without a gradient.
     """
-    unique = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt))
-    seeded = mode == "prompt_seeded"
-    held_out = num_eval_prompts if seeded else num_eval_folds * eval_prompts_per_fold
-    if held_out >= len(unique):
-        flags = "--num_eval_prompts" if seeded else "--num_eval_folds or --eval_prompts_per_fold"
-        raise UserError(f"cannot hold out {held_out} of {len(unique)} prompts: lower {flags}")
-    if seeded or eval_fold_index == "all":
-        return unique[held_out:], unique[:held_out]
-    if not 0 <= eval_fold_index < num_eval_folds:
-        folds = f"the folds are 0 to {num_eval_folds - 1}, or 'all'"
-        raise UserError(f"--eval_fold_index {eval_fold_index} does not exist: {folds}")
-    first = eval_fold_index * eval_prompts_per_fold
-    return unique[held_out:], unique[first : first + eval_prompts_per_fold]
-
-
-@dataclass
-class Side:
-    """The training or the held-out triplets, N of them, tokenised."""
-
-    triplets: datasets.Dataset  # prompt, completion, reward (raw), input_ids, labels
-    rewards: Tensor  # (N,) normalised
-    lengths: np.ndarray  # (N, 2) tokens of prompt and completion
-    fold_of: dict[str, int]  # the fold of each held-out prompt, in the order of the split
-    ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
-
-
-def load_sides(args: argparse.Namespace, tokenizer: Callable) -> tuple[Side, Side, dict]:
-    """Triplets → prompt split → normalised rewards → tokens. Returns (train, eval, manifest)."""
-    dropped = Counter()
-    triplets = load_triplets(args, dropped)
-    all_prompts = triplets["prompt"][:]
-    names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
-    settings = {name: getattr(args, name) for name in names}
-    split = functools.partial(split_prompts, set(all_prompts), args.split_mode, **settings)
-    train, held_out = split(eval_fold_index=args.eval_fold_index)
-    indices = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
-    folds = {fold: split(eval_fold_index=fold)[1] for fold in indices}
-    manifest = {
-        "dataset_name": args.dataset_name,
-        "dataset_revision": args.dataset_revision,
-        "split_mode": args.split_mode,
-        **settings,
-        "eval_fold_index": args.eval_fold_index,
-        "dropped": dict(dropped),
-        "reward_key": args.reward_key,
-        "held_out": {str(fold): [sha256(p)[:16] for p in folds[fold]] for fold in folds},
-    }
-    prompts_of = {"train": set(train), "eval": set(held_out)}
-    most = {"train": args.max_train_samples, "eval": args.max_eval_samples}
-    tables = {}
-    for side, prompts in prompts_of.items():
-        rows = [row for row, prompt in enumerate(all_prompts) if prompt in prompts]
-        tables[side] = table = triplets.select(rows[: most[side]])
-        kept = sorted(set(table["prompt"]))
-        manifest[f"{side}_rows"], manifest[f"{side}_prompts"] = len(table), len(kept)
-        manifest[f"{side}_prompts_sha256"] = sha256(*kept)
-    # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
-    # statistics that include the held-out rewards would leak them.
-    raw = np.array(tables["train"]["reward"])
-    mean, std = float(raw.mean()), float(raw.std())
-    if raw.min() == raw.max():
-        raise UserError(f"all {len(raw)} training rewards are {mean}: there is nothing to learn")
-    manifest["reward_mean"], manifest["reward_std"] = mean, std
-    longest_x, longest_y = args.max_prompt_length, args.max_completion_length
-
-    def tokenize(batch: dict) -> dict:
-        # Not the tokenizer's own truncation: it appends EOS after the cut, which would teach the
-        # policy to stop in mid-sentence. A long prompt keeps its end, EOS included; a long
-        # completion loses it.
-        x, y = tokenizer(batch["prompt"]).input_ids, tokenizer(batch["completion"]).input_ids
-        x, y = [ids[-longest_x:] for ids in x], [ids[:longest_y] for ids in y]
-        return {"input_ids": x, "labels": y}
-
-    to_evaluate = prompts_of["eval"]  # one of the folds held out, or all
-    fold_of = {prompt: fold for fold in folds for prompt in folds[fold] if prompt in to_evaluate}
-    sides = []
-    for table in tables.values():
-        table = table.map(tokenize, batched=True, desc="Tokenising")
-        rewards = (torch.tensor(table["reward"][:], dtype=torch.float64) - mean) / std
-        lengths = np.array([[len(ids) for ids in table[x]] for x in ("input_ids", "labels")]).T
-        sides.append(Side(table, rewards.float(), lengths, fold_of))
-    return *sides, manifest
-
-
-def stream_rows(num_rows: int, batch_size: int, steps: Iterable[int], seed: int) -> Iterator:
-    """The (batch_size,) rows of each step, counted from 1: an endless chain of permutations.
-
-    Batches cross the end of an epoch; a step's rows depend on its number and these arguments alone.
-    """
-
-    @functools.lru_cache(maxsize=2)
-    def permutation(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(num_rows)
-
-    for step in steps:
-        numbers = np.arange((step - 1) * batch_size, step * batch_size)
-        epochs, positions = np.divmod(numbers, num_rows)
-        yield np.concatenate([permutation(e)[positions[epochs == e]] for e in np.unique(epochs)])
-
-
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Cut this process's share of `rows` into groups of like length.
-
-    A group has at most `max_tokens`, no more than a tenth of `max_tokens` of them padding, or is a
-    single row. The shares are every WORLD_SIZE-th row by length, so that processes have equal work.
-    """
-    order = np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]  # by completion, then by prompt
-    groups, longest, tokens = [], np.zeros(2, dtype=np.int64), 0
-    for row in rows[order][RANK::WORLD_SIZE]:
-        longest, tokens = np.maximum(longest, lengths[row]), tokens + lengths[row].sum()
-        padded = (len(groups[-1]) + 1) * longest.sum() if groups else math.inf
-        if padded > max_tokens or padded - tokens > max_tokens / 10:
-            groups.append([])
-            longest, tokens = lengths[row], lengths[row].sum()
-        groups[-1].append(row)
-    return [np.array(group) for group in groups]
+    log_ratio = policy_logps - ref_logps
+    margin = torch.where(desirable, log_ratio - kl, kl - log_ratio)
+    return 1 - torch.sigmoid(beta * margin)
 
 
 # --------------------------------------------------------------------------------------- models
 
-
-def tiny_t5(seed: int) -> T5ForConditionalGeneration:
-    """A byte-level T5 of 0.2M random parameters, for dice."""
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=384, d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2, dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
-
-
-@contextmanager
-def loading(source: str | Path) -> Iterator[None]:
-    """Turns what goes wrong while a model is loaded into a UserError."""
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # missing, damaged, unreachable: as many types as causes
-        hint = "give a hub name or a folder with a model; without network, try --dice"
-        raise UserError(f"cannot load the model {source} ({str(error)[:200]}): {hint}") from error
+# A policy is any encoder-decoder or any decoder-only model. What follows, `text_frame` and
+# `generate` know the two kinds; nothing else does.
 
 
 def load_policy(
-    args: argparse.Namespace, source: str | Path
+    source: str, revision: str | None = None, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy and its tokenizer, from the hub, a folder, or tiny and random for "dice".
-
-    Raises UserError if they cannot be loaded or are not an encoder-decoder of the T5 family.
-    """
+    """A model and its tokenizer from a folder or the hub, in float32; for "dice" a byte-level T5 of
+    0.2M random parameters. Raises UserError if anything is missing."""
     if source == "dice":
-        return tiny_t5(args.seed), ByT5Tokenizer()
-    revision = args.model_revision if source == args.model_name_or_path else None
-    with loading(source):
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        if not config.is_encoder_decoder:
-            raise UserError(f"{source} ({config.model_type}) is decoder-only: not supported yet")
-        if not hasattr(config, "dropout_rate"):
-            raise UserError(f"{source} ({config.model_type}) is no T5: not supported yet")
-        config.dropout_rate = 0.0  # with dropout, log π/π_ref would not be 0 at step 0
-        # FLAN-T5's GELU in one piece instead of eight: the same function, less kept for backward().
-        if getattr(config, "dense_act_fn", None) == "gelu_new":
-            config.dense_act_fn = "gelu_pytorch_tanh"
-        options = {"revision": revision, "config": config, "dtype": torch.float32}
-        policy = AutoModelForSeq2SeqLM.from_pretrained(source, **options)
-        # Sampling is as the flags say: no beams and no penalties of the model's own.
-        policy.generation_config = GenerationConfig.from_model_config(config)
-        return policy, AutoTokenizer.from_pretrained(source, revision=revision)
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 384, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4}
+        config = transformers.T5Config(**sizes, num_layers=2, dropout_rate=0.0)
+        config.decoder_start_token_id = 0
+        return transformers.T5ForConditionalGeneration(config), transformers.ByT5Tokenizer()
+    with loading(source, "give a hub name or a folder; --dice needs no network"):
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        make_deterministic(config)
+        kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        load = kinds[config.is_encoder_decoder].from_pretrained
+        policy, info = load(source, revision=revision, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    lacking = sorted(info["missing_keys"])
+    require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
+    files = (*tokenizer.vocab_files_names.values(), "tokenizer_config.json")
+    complete = not Path(source).is_dir() or any(Path(source, file).is_file() for file in files)
+    require(complete, f"{source} has no tokenizer beside the model: save it there, too")
+    words, rows = len(tokenizer), len(policy.get_input_embeddings().weight)
+    require(words <= rows, f"{source}: the tokenizer has {words} tokens, the model embeds {rows}")
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+        say(f"{source} names no start token: the pad token, {config.pad_token_id}, is taken")
+    return policy, tokenizer
+
+
+def make_deterministic(config: transformers.PreTrainedConfig) -> None:
+    """Set every rate of dropout and jitter to 0, in nested configs too: log π/π_ref starts at 0."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PreTrainedConfig):
+            make_deterministic(value)
+        elif type(value) in (int, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, type(value)(0))
+        elif value == "gelu_new":  # the same function in one piece: less is kept for backward()
+            setattr(config, name, "gelu_pytorch_tanh")
 
 
 @contextmanager
 def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the product with the vocabulary sees only selected states, and is in float32
-    (TF32 on a GPU).
+    """Within it, the product with the vocabulary, the largest of all, sees only selected states.
 
-    It is the largest product of all, and not one for bfloat16: logits would have three digits, and
-    their rounding would add up over a completion's tokens (README, detail 16).
+    And it is in float32: in bfloat16 a logit has three digits, and rounding adds up over tokens.
     """
     head = model.get_output_embeddings()
 
@@ -686,238 +179,1202 @@ def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> It
         del head.forward
 
 
-def attended(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
-    """What attention needs to know of `mask` (B, S): nothing, where there is no padding.
-
-    transformers would ask the same of a mask on the GPU and wait for the answer, but takes one of
-    four dimensions as it is. So we ask, while the mask is on the CPU, where it costs nothing.
-    """
-    if mask.all():
-        return None
-    mask = to_device(mask, model.device)
-    return mask[:, None, None].bool() if model.config._attn_implementation == "sdpa" else mask
+def as_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of a decoder-only model: positions count from a row's first real token."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    told = "position_ids" in inspect.signature(model.forward).parameters
+    return inputs | ({"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if told else {})
 
 
 def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """log π(y|x) = Σ_t log π(y_t | y_<t, x), over the completion's tokens, its EOS included.
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t), over the completion's tokens, its end included.
 
-    `batch`: `input_ids`, `attention_mask` (B, S); `labels` (B, T), −100 on padding. Returns (B,)
-    float32, whatever the autocast. Mask and labels had better be on the CPU, see `attended`.
+    `batch`: `input_ids`, `attention_mask` (B, S), padded on the right for an encoder-decoder and on
+    the left for a decoder-only model; `labels` (B, T), −100 on padding. Returns (B,) float32.
     """
-    labels = batch["labels"]
-    real = (labels != -100).flatten().nonzero().squeeze(-1)  # (N,) where the N real tokens are
-    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels)
-    tensors = (real, labels.flatten()[real], decoder_input_ids)
-    real, targets, decoder_input_ids = (to_device(x, model.device) for x in tensors)
-    with head_reads(model, lambda states: states.flatten(0, 1).index_select(0, real)):
-        logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=attended(model, batch["attention_mask"]),
-            decoder_input_ids=decoder_input_ids,  # not `labels`: no second loss
-            use_cache=False,
-        ).logits  # (N, vocabulary)
-    token_logps = -F.cross_entropy(logits, targets, reduction="none")  # (N,)
-    padded = token_logps.new_zeros(labels.numel()).index_copy(0, real, token_logps)
-    return padded.view(labels.shape).sum(-1)
-
-
-def token_budget(args: argparse.Namespace, config: PreTrainedConfig) -> int:
-    """Padded tokens that go through the models at once, where --micro_batch_tokens does not say.
-
-    On a GPU, an estimate (README, "On a GPU"). A parameter takes 12 bytes (weight, gradient, its
-    bfloat16 copy, some of Adafactor), 8 more with AdamW. For backward(), a layer keeps about 24
-    bytes for each token and channel, and the head 12 for each token and word of the vocabulary.
-    """
-    if device().type == "cpu":
-        return 1024
-    width = config.d_model + config.d_ff
-    layers = 2 * config.num_layers + config.num_decoder_layers  # both encoders, and the decoder
-    parameters = 4 * width * config.d_model * layers + 3 * config.vocab_size * config.d_model
-    spare = torch.cuda.get_device_properties(device()).total_memory
-    spare -= (12 if args.optim == "adafactor" else 20) * parameters
-    per_token = 24 * width * max(2 * config.num_layers, config.num_decoder_layers)
-    if args.gradient_checkpointing:
-        per_token /= 8
-    return max(256, int(0.8 * spare / (per_token + 12 * config.vocab_size)))
+    x, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    real, y = labels != -100, labels.clamp(min=0)
+    if model.config.is_encoder_decoder:  # the decoder's state at t has read y_<t
+        start = torch.full_like(y[:, :1], model.config.decoder_start_token_id)
+        inputs = {"input_ids": x, "attention_mask": mask, "use_cache": False}
+        inputs["decoder_input_ids"] = torch.cat([start, y[:, :-1]], dim=1)  # (B, T)
+        predicts = real
+    else:  # x and y are one text, and y_1 is predicted at the prompt's last token
+        mask = torch.cat([mask, real.to(mask.dtype)], dim=1)
+        inputs = as_inputs(model, torch.cat([x, y], dim=1), mask)  # (B, S + T)
+        predicts = F.pad(real, (x.shape[1] - 1, 1))  # (B, S + T)
+    with head_reads(model, lambda states: states[predicts]):
+        logits = model(**inputs).logits.float()  # (N, vocabulary), for the N real tokens of y
+    token_logps = -F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
+    return token_logps.new_zeros(labels.shape).masked_scatter(real, token_logps).sum(-1)
 
 
 class ValueModel(nn.Module):
-    """V_φ(x), the value of a prompt in normalised rewards: encoder, mean over tokens, linear head.
+    """V_φ(x), the value of a prompt in normalised rewards; or, of no policy, one learnt number.
 
-    The paper leaves the architecture open. The encoder is π_ref's, a copy by default: the value
-    model is then half the policy's size. The head is the difference of two that start equal: V
-    starts at 0, the mean reward, and yet moves under Adafactor, which moves a parameter in
-    proportion to its own size (a head of zeros would stay there).
+    The paper leaves the architecture open. Here it is a copy of π_ref below its head: an encoder's
+    mean over the prompt's tokens; of a decoder-only model the state at the prompt's last token. The
+    head is the difference of two that start equal: V starts at exactly 0, the mean reward, and yet
+    learns (Adafactor moves a parameter in proportion to its own size: zeros would stay zeros).
     """
 
-    def __init__(self, encoder: PreTrainedModel):
+    def __init__(self, policy: PreTrainedModel | None, shared: bool = False):
         super().__init__()
-        self.encoder = encoder
-        width = encoder.config.hidden_size
-        self.head = nn.Parameter(torch.randn(width).mul(width**-0.5).repeat(2, 1))  # (2, width)
+        self.body, start = None, torch.ones(1)
+        if policy is not None:
+            self.mean = policy.config.is_encoder_decoder
+            body = policy.get_encoder() if self.mean else policy.base_model
+            self.body = body if shared else copy.deepcopy(body)
+            width = body.get_input_embeddings().weight.shape[1]
+            start = torch.randn(width) * width**-0.5
+        self.head = nn.Parameter(start.repeat(2, 1))  # (2, width)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`input_ids`, `attention_mask` (B, S) → (B,) float32."""
-        mask = attended(self.encoder, attention_mask)
-        states = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
-        weights = (attention_mask / attention_mask.sum(-1, keepdim=True)).unsqueeze(-1)
-        pooled = (states.float() * to_device(weights, states.device)).sum(1)  # (B, width)
+        """`input_ids`, `attention_mask` (B, S), padded as for `sequence_logps` → (B,) float32."""
+        if self.body is None:
+            pooled = self.head.new_ones(len(input_ids), 1)
+        elif self.mean:
+            states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            weights = attention_mask / attention_mask.sum(-1, keepdim=True)
+            pooled = (states.float() * weights.unsqueeze(-1)).sum(1)  # (B, width)
+        else:
+            states = self.body(**as_inputs(self.body, input_ids, attention_mask)).last_hidden_state
+            pooled = states[:, -1].float()  # (B, width)
         # Not a matrix product, which autocast would round.
         return (pooled * (self.head[0] - self.head[1])).sum(-1)
 
 
-# --------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------- data
+
+# Files are read here, value by value as they stand: a library that guesses a column's type makes a
+# number of "4", a time of a date, and 0 of 3e-11.
 
 
-def dro_v_loss(
-    policy_logps: Tensor, ref_logps: Tensor, values: Tensor, rewards: Tensor, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DRO-V's two losses and the residual they share; everything (B,).
+def lines_of(path: str) -> Iterator[tuple[int, str]]:
+    """A text file's lines with their numbers: a newline ends one, U+2028 and its like do not."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
 
-    The means over B of the losses have as gradients Eq. 8 / τ (in `policy_logps`; none in `values`)
-    and Eq. 7 (in `values`; none in `policy_logps`), over B. Eq. 4 is ½ mean(residual²).
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
+    """The objects of a JSON Lines file, with their lines' numbers."""
+    for number, line in ((number, line) for number, line in lines_of(path) if line.strip()):
+        with suppress(ValueError, RecursionError):
+            if isinstance(row := json.loads(line), dict):
+                yield number, row
+                continue
+        raise UserError(f"{path}, line {number} is no JSON object: {line[:50]!r}")
+
+
+def read_rows(args: Namespace) -> Iterator[dict]:
+    """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
+    name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
+    takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
+    with loading(name, f"{takes}; --dice needs none"):
+        if name == "dice":
+            yield from dice_rolls(args.seed)
+        elif os.path.isdir(name) or not (os.path.exists(name) or ending or name[0] in "./~"):
+            options = {"split": args.dataset_split, "revision": args.dataset_revision}
+            for batch in datasets.load_dataset(name, **options).iter(1000):
+                yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
+        elif ending == ".jsonl":
+            yield from (row for _, row in read_jsonl(name))
+        elif ending == ".json":
+            rows = json.loads("".join(line for _, line in lines_of(name)))
+            yield from [dict(row) for row in rows]
+        elif ending == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            reader = csv.DictReader((line for _, line in lines_of(name)), strict=True)
+            try:
+                for row in reader:
+                    if None in row or None in row.values():
+                        raise csv.Error("more or fewer fields than in the header")
+                    yield row
+            except csv.Error as error:
+                raise UserError(f"{name}, line {reader.line_num}: {error}") from error
+        elif ending == ".parquet":
+            for batch in pyarrow.parquet.ParquetFile(name).iter_batches(1000):
+                yield from batch.to_pylist()
+        else:
+            raise UserError(f"{name} has another ending: {takes}")
+
+
+ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+
+
+def triplets_of(row: dict, reward_key: str) -> Iterator[tuple[str, str, float] | str]:
+    """Usable (prompt, completion, reward), or why there is none: one, or, of UltraFeedback's rows,
+    one for each of the `completions`."""
+    if "completions" not in row or "completion" in row:
+        yield checked(row.get("prompt"), row.get("completion"), row.get("reward"))
+        return
+    get = lambda part, key: part.get(key) if isinstance(part, dict) else None
+    keys = ("annotations", reward_key, "Rating") if reward_key in ASPECTS else (reward_key,)
+    answers = row["completions"] if isinstance(row["completions"], list) else []
+    for answer in answers or [None]:  # an empty list counts as one row that is dropped
+        reward = functools.reduce(get, keys, answer)
+        yield checked(row.get("instruction"), get(answer, "response"), reward)
+
+
+def checked(prompt: Any, completion: Any, reward: Any) -> tuple[str, str, float] | str:
+    """The triplet, its prompt stripped, or the cause for which it is dropped."""
+    texts = []
+    for name, text, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
+        if isinstance(text, list):  # chat messages
+            turn = text[0] if len(text) == 1 and isinstance(text[0], dict) else {}
+            if turn.get("role") != role:
+                return f"{name} that is not one {role} turn"
+            text = turn.get("content")
+        if not isinstance(text, str | None):
+            return f"{name} that is not text"
+        if not text or not text.strip():
+            return f"without a {name}"
+        texts.append(text)
+    try:
+        "".join(texts).encode()
+        # UltraFeedback's ratings are strings, thumbs may be booleans.
+        reward = float({"true": 1, "false": 0}.get(str(reward).strip().lower(), reward))
+    except UnicodeEncodeError:  # half an emoji
+        return "text that is no valid Unicode"
+    except (TypeError, ValueError, OverflowError):
+        return "without a reward"
+    finite = math.isfinite(reward)
+    return (texts[0].strip(), texts[1], reward) if finite else "reward that is not finite"
+
+
+def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.Dataset:
+    """Read the data: columns `prompt` (str, stripped), `completion` (str), `reward` (float, raw).
+
+    Rows that cannot be used are left out, and counted by cause in a printed line and in `dropped`.
+    Raises UserError if the data cannot be read, lack the columns or have no usable row.
     """
-    log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
-    residual = rewards - values - tau * log_ratio  # δ, zero at (π*, V*): Eq. 3
-    # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V. The policy is held fixed.
-    value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
-    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ.
-    # Algorithm 1 prints ½ instead of τ/2, which has another fixed point unless τ = 1.
-    policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
-    return policy_loss, value_loss, residual
+    dropped, seen, tables = Counter() if dropped is None else dropped, set(), []
+    names = ("prompt", "completion", "reward")
+
+    def usable() -> Iterator[tuple[str, str, float]]:
+        for row in progress(read_rows(args), "Reading", unit=" rows"):
+            seen.update(row)
+            for triplet in triplets_of(row, args.reward_key):
+                if isinstance(triplet, tuple):
+                    yield triplet
+                else:
+                    dropped[triplet] += 1
+
+    rows = usable()
+    while block := list(itertools.islice(rows, 8000)):  # all at once would take four times as much
+        tables.append(datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*block))))))
+    known = seen >= set(names) or seen >= {"instruction", "completions"}
+    needs = "it needs prompt, completion and reward, or UltraFeedback's instruction and completions"
+    require(known, f"{args.dataset_name} has the columns {sorted(seen)}: {needs}")
+    says = f"{sum(map(len, tables))} triplets from {args.dataset_name}; rows dropped: "
+    says += ", ".join(f"{count} {cause}" for cause, count in sorted(dropped.items())) or "none"
+    require(tables, f"no usable row: {says}")
+    say(says)
+    return datasets.concatenate_datasets(tables)
+
+
+def sha256(*texts: object) -> str:
+    """Hexadecimal digest of the texts, a line each."""
+    return hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
+
+
+def split_prompts(
+    prompts, mode, *, seed, num_eval_prompts, num_eval_folds, eval_prompts_per_fold, eval_fold_index
+) -> tuple[list[str], list[str]]:
+    """(train, eval): two disjoint lists of unique prompts, in the order of a seeded hash.
+
+    It depends on the set of prompts and the arguments alone. prompt_seeded holds out the first
+    `num_eval_prompts`; prompt_fold one fold, or with "all" every fold (the paper's protocol: train
+    once, answer all). Raises UserError if there are too few prompts, or no such fold.
+    """
+    unique, first = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt)), 0
+    last = needed = num_eval_prompts
+    if mode == "prompt_fold":
+        last = needed = num_eval_folds * eval_prompts_per_fold
+        if eval_fold_index != "all":
+            says = (
+                f"--eval_fold_index {eval_fold_index} is none of 0 to {num_eval_folds - 1}, or all"
+            )
+            require(0 <= eval_fold_index < num_eval_folds, says)
+            first = eval_fold_index * eval_prompts_per_fold
+            last = first + eval_prompts_per_fold
+    flags = "--num_eval_prompts, or --num_eval_folds and --eval_prompts_per_fold"
+    enough = needed <= len(unique) and last - first < len(unique)
+    require(enough, f"cannot hold out {needed} of {len(unique)} prompts: lower {flags}")
+    return unique[:first] + unique[last:], unique[first:last]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that control a model, by their spelling."""
+    added = {str(t): number for number, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+
+
+def text_frame(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> dict[str, list]:
+    """The ids around texts: {"prompt": [before, behind], "completion": [before, behind]}.
+
+    They are what the tokenizer puts around a text, or the chat template, rendered once and with
+    placeholders (a template may edit an answer, or write the date). A completion ends with the end
+    of its turn, or an end token, once. Raises UserError where neither can be found.
+    """
+    plain = functools.partial(tokenizer.encode, add_special_tokens=False)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def around(**text: str) -> list[list[int]]:
+        ids, body = tokenizer(**text).input_ids, plain("a")
+        places = [i for i in range(len(ids)) if ids[i : i + len(body)] == body]
+        require(body and places, "the tokenizer changes a text when it adds special tokens to it")
+        return [ids[: places[0]], ids[places[0] + len(body) :]]
+
+    before, behind = [], []
+    if is_encoder_decoder:
+        prompt, (before, behind) = around(text="a"), around(text_target="a")
+        behind = list(dict.fromkeys(behind))
+    elif not tokenizer.chat_template:
+        prompt = [around(text="a")[0], []]
+    else:
+        user, answer = "Placeholder-of-the-prompt", "Placeholder-of-the-answer"
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        with loading("the chat template", "it does not show a user's turn and an answer once each"):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
+            start, rest = text.split(user)  # raises where it stands twice, or not at all
+            between, rest = rest.split(answer)
+        prompt, ids, control = (
+            [plain(start), plain(between)],
+            plain(rest),
+            special_tokens(tokenizer),
+        )
+        ends = [i + 1 for i, token in enumerate(ids) if token in control.values()]
+        behind = ids[: ends[0]] if ends else plain(rest.rstrip()) + end
+    require(behind or end, "the tokenizer has no end token: set its eos_token")
+    return {"prompt": prompt, "completion": [before, behind or end]}
+
+
+def encode(
+    prompts, completions, tokenizer, frame, max_prompt_length, max_completion_length, counts=None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of prompts and of completions, in their frame, none longer than its limit.
+
+    A long prompt keeps its frame and its end; a long completion its beginning and no end token,
+    which would teach to stop in mid-sentence. Text is not control: what spells a special token is
+    cut behind its first character. `counts` (a Counter) is told what was cut, spelt and unknown.
+    Raises UserError where the frame leaves no room.
+    """
+    counts, control = Counter() if counts is None else counts, special_tokens(tokenizer)
+    spelling = "|".join(map(re.escape, filter(None, control))) or r"(?!)"
+    spelt, cut = re.compile(spelling), re.compile(f"(?<=(?=(?:{spelling})).)", re.DOTALL)
+    unknown, sides = tokenizer.unk_token_id, {"prompt": [], "completion": []}
+    control = set(control.values()) - {unknown}
+    limits = (prompts, max_prompt_length), (completions, max_completion_length)
+    for (name, side), (texts, limit) in zip(sides.items(), limits):
+        before, behind = frame[name]
+        room = limit - len(before) - len(behind)
+        says = (
+            f"the frame of a {name} takes {limit - room} tokens: --max_{name}_length must be more"
+        )
+        require(room > 0, says)
+        parts = {text: cut.split(text) if spelt.search(text) else [text] for text in texts}
+        flat = list(itertools.chain.from_iterable(parts.values()))  # a text that comes twice, once
+        ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False).input_ids)
+        bodies = {
+            t: list(itertools.chain.from_iterable(next(ids) for _ in parts[t])) for t in parts
+        }
+        for body, pieces in ((bodies[text], parts[text]) for text in texts):
+            if not control.isdisjoint(body):  # a normaliser has made a special token's spelling
+                body = [token for token in body if token not in control]
+            counts["tokens"] += len(body)
+            counts["unknown_tokens"] += body.count(unknown)
+            counts["special_spellings"] += len(pieces) > 1
+            counts[f"cut_{name}s"] += len(body) > room
+            keeps_end = name == "prompt" or len(body) <= room
+            side.append(before + body[-room:] + behind if keeps_end else (before + body)[:limit])
+    return sides["prompt"], sides["completion"]
+
+
+@dataclass
+class Side:
+    """N rows that go through the models: one side of the split, mismatched pairs, rolls of dice."""
+
+    table: datasets.Dataset  # prompt, input_ids, labels
+    rewards: Tensor  # (N,) normalised
+    lengths: np.ndarray  # (N, 2) tokens of prompt and completion
+    padding: str  # the side of prompts that is padded
+    completion_of: np.ndarray  # (N,) the row whose completion stands here: with KTO not its own
+    ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Some rows on the device, padded by position: whatever stands there is masked."""
+        x, y = self.table[rows]["input_ids"], self.table[self.completion_of[rows]]["labels"]
+        ones, pad = [[1] * len(ids) for ids in x], nn.utils.rnn.pad_sequence
+        batch = {"rewards": self.rewards[rows], "labels": (y, -100, "right")}
+        batch |= {"input_ids": (x, 0, self.padding), "attention_mask": (ones, 0, self.padding)}
+        batch |= {} if self.ref_logps is None else {"ref_logps": self.ref_logps[rows]}
+        for name, (lists, *how) in ((k, v) for k, v in batch.items() if isinstance(v, tuple)):
+            batch[name] = pad([torch.tensor(ids, dtype=torch.int64) for ids in lists], True, *how)
+        return {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in batch.items()}
+
+
+def make_side(table: datasets.Dataset, rewards: Any, encoding: Callable, padding: str) -> Side:
+    """Tokenise `prompt` and `completion`; `encoding` is `encode`, given all but the texts."""
+    lengths, ids = [], datasets.List(datasets.Value("int32"))
+
+    def tokenise(batch: dict) -> dict:
+        x, y = encoding(batch["prompt"], batch["completion"])
+        lengths.extend(zip(map(len, x), map(len, y)))
+        return {"input_ids": x, "labels": y}
+
+    features = {"prompt": datasets.Value("string"), "input_ids": ids, "labels": ids}
+    options = {"features": datasets.Features(features), "new_fingerprint": "0", "batched": True}
+    table = table.map(tokenise, remove_columns=["completion"], desc="Tokenising", **options)
+    rewards = torch.tensor(rewards, dtype=torch.float32)
+    return Side(table, rewards, np.array(lengths), padding, np.arange(len(lengths)))
+
+
+def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict, dict, dict]:
+    """Triplets → prompt split → normalised rewards → tokens. Returns the sides "train" and "eval",
+    each held-out prompt's fold in the order of the split, and the manifest. Raises UserError."""
+    dropped, counts = Counter(), Counter()
+    triplets = load_triplets(args, dropped)
+    row_prompts = triplets["prompt"][:]
+    names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
+    settings, sizes = {name: getattr(args, name) for name in names}, Counter(row_prompts)
+    split = functools.partial(split_prompts, sizes, args.split_mode, **settings)
+    train, held_out = split(eval_fold_index=args.eval_fold_index)
+    indices = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
+    folds = {fold: split(eval_fold_index=fold)[1] for fold in indices}
+    asked = [fold for fold in folds if folds[fold][0] in set(held_out)]
+
+    def limited(prompts: list[str], most: int | None, parts: int = 1) -> list[str]:
+        """The first whole prompts of no more than `most` triplets; one at least."""
+        total = np.cumsum([sizes[prompt] for prompt in prompts])
+        most = math.inf if most is None else most // parts
+        return prompts[: max(1, int(np.searchsorted(total, most, side="right")))]
+
+    shares = {fold: limited(folds[fold], args.max_eval_samples, len(asked)) for fold in asked}
+    fold_of = {prompt: fold for fold in asked for prompt in shares[fold]}
+    kept = {"train": limited(train, args.max_train_samples), "eval": fold_of}
+    names = ("dataset_name", "dataset_revision", "dataset_split", "reward_key", "split_mode")
+    manifest = {name: getattr(args, name) for name in (*names, "eval_fold_index")} | settings
+    tables, raw, sides, read = {}, {}, {}, {}
+    for name, prompts in kept.items():
+        wanted, digest = set(prompts), hashlib.sha256()
+        rows = [row for row, prompt in enumerate(row_prompts) if prompt in wanted]
+        tables[name] = triplets.select(rows)
+        for batch in tables[name].iter(1000):
+            digest.update(json.dumps(batch).encode())
+        raw[name] = np.array(tables[name]["reward"][:])
+        manifest |= {f"{name}_rows": len(rows), f"{name}_prompts": len(prompts)}
+        manifest[f"{name}_prompts_sha256"] = sha256(*sorted(prompts))
+        manifest[f"{name}_triplets_sha256"] = digest.hexdigest()
+    # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
+    # statistics that include the held-out rewards would leak them.
+    mean, std, low, high = (float(f(raw["train"])) for f in (np.mean, np.std, np.min, np.max))
+    usable = 1e-12 * max(abs(low), abs(high)) < std < math.inf
+    says = f"training rewards lie between {low} and {high}: all equal but for rounding, or too far"
+    require(usable or args.loss == "sft", says)  # SFT reads none
+    encoding, std = functools.partial(encoding, counts=counts), std if usable else 1.0
+    for name, table in tables.items():
+        table = table.remove_columns("reward")
+        side = sides[name] = make_side(table, (raw[name] - mean) / std, encoding, padding)
+        read[name] = {}  # each prompt as the model reads it
+        for batch in side.table.iter(1000):
+            read[name] |= zip(batch["prompt"], (hash(tuple(ids)) for ids in batch["input_ids"]))
+    known, rows = set(read["train"].values()), sum(map(len, tables.values()))
+    manifest |= {"reward_mean": mean, "reward_std": std, "reward_min": low, "reward_max": high}
+    manifest |= {name: counts[name] / rows for name in ("cut_prompts", "cut_completions")}
+    manifest["unknown_tokens"] = counts["unknown_tokens"] / max(1, counts["tokens"])
+    manifest["special_spellings"] = counts["special_spellings"]
+    manifest["held_out_read_like_training"] = sum(x in known for x in read["eval"].values())
+    numbers = {k: x for k, x in manifest.items() if type(x) in (int, float) and k not in settings}
+    say(", ".join(f"{name} {x:.6g}" for name, x in numbers.items()))
+    says = f"{manifest['unknown_tokens']:.0%} of the tokens are unknown to the tokenizer"
+    require(manifest["unknown_tokens"] <= 0.05, f"{says}: it is not made for these texts")
+    manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
+    return sides, fold_of, manifest | {"dropped": dict(dropped)}
+
+
+def mismatched(side: Side) -> Side:
+    """KTO's mismatched pairs: each row's prompt with the completion of the row N/2 further on, or
+    of the next one with another prompt."""
+    _, prompts = np.unique(side.table["prompt"][:], return_inverse=True)
+    require(
+        prompts.max() > 0, "--loss kto pairs prompts with others' answers: it needs a second one"
+    )
+    partner = np.roll(np.arange(len(prompts)), -(len(prompts) // 2))
+    while (same := prompts[partner] == prompts).any():
+        partner[same] = (partner[same] + 1) % len(prompts)
+    lengths = np.stack([side.lengths[:, 0], side.lengths[partner, 1]], axis=1)
+    return Side(side.table, side.rewards, lengths, side.padding, partner)
+
+
+def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """The (batch_size,) rows of a step, counted from 1: a part of an endless chain of permutations.
+
+    Nothing but the arguments decides, so a resumed run needs no state, and processes no talk.
+    """
+    numbers = np.arange((step - 1) * batch_size, step * batch_size)
+    epochs, places = np.divmod(numbers, num_rows)
+    orders = {e: np.random.default_rng([seed, e]).permutation(num_rows) for e in np.unique(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
+
+
+def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: float) -> list[np.ndarray]:
+    """Cut `rows` into pieces of like length: at most `max_tokens` padded tokens, a tenth of them
+    padding; or a single row."""
+    order = np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]  # by completion, then by prompt
+    pieces, longest, tokens = [], 0, 0
+    for row in rows[order]:
+        longest, tokens = np.maximum(longest, lengths[row]), tokens + lengths[row].sum()
+        padded = (len(pieces[-1]) + 1) * longest.sum() if pieces else math.inf
+        if padded > max_tokens or padded - tokens > max_tokens / 10:
+            pieces.append([])
+            longest, tokens = lengths[row], lengths[row].sum()
+        pieces[-1].append(row)
+    return [np.array(piece) for piece in pieces]
 
 
 # ------------------------------------------------------------------------------------- the loop
 
-stop_signals: list[int] = []  # Ctrl-C and SIGTERM arrive here, and are obeyed between two batches
-
-
-class Stopped(Exception):
-    """Raised between two batches, where everything is consistent, after Ctrl-C or SIGTERM."""
-
-
-def request_stop(signum: int, frame: object) -> None:
-    """A signal handler: the first signal is noted, a second one raises KeyboardInterrupt."""
-    if stop_signals:  # the second time at once
-        raise KeyboardInterrupt
-    stop_signals.append(signum)
-
-
-class progress(tqdm):
-    """A progress bar, on terminals, over work that may be stopped before each of its items."""
-
-    def __init__(self, items: Iterable, desc: str, **options):
-        hidden = True if RANK else None  # None: unless stderr is a terminal
-        super().__init__(items, desc=desc, disable=hidden, dynamic_ncols=True, **options)
-
-    def __iter__(self):
-        for item in super().__iter__():
-            if stop_signals and WORLD_SIZE == 1:  # several processes agree first: see `train`
-                raise Stopped
-            yield item
-
 
 @dataclass
 class Run:
-    """What the loop works on. Steps are counted from the moment π_ref is fixed: SFT's are
-    1 − sft_steps … 0, DRO-V's are 1 … max_steps."""
+    """What the loop works on."""
 
-    args: argparse.Namespace
+    args: Namespace
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train_side: Side
-    eval_side: Side
-    manifest: dict
-    step: int
-    value_model: ValueModel | None = None  # from step 0 on
+    frame: dict[str, list]
+    sides: dict[str, Side] = field(default_factory=dict)
+    fold_of: dict[str, int] = field(default_factory=dict)
+    manifest: dict = field(default_factory=dict)
+    value_model: ValueModel | None = None
     optimizer: torch.optim.Optimizer | None = None
-    # What was recorded since the last log line, under each name.
-    window: dict[str, list] = field(default_factory=lambda: defaultdict(list))
-
-    def batch(self, side: Side, rows: np.ndarray) -> dict[str, Tensor]:
-        """Some rows, padded: `input_ids`, `rewards`, `ref_logps` (once known) on the device;
-        `attention_mask` and `labels`, whose padding is looked at, on the CPU."""
-        table = side.triplets[rows]
-        pairs = zip(table["input_ids"], table["labels"])
-        examples = [{"input_ids": x, "labels": y} for x, y in pairs]
-        batch = dict(DataCollatorForSeq2Seq(self.tokenizer)(examples))
-        on_device = {"input_ids": batch["input_ids"], "rewards": side.rewards[rows]}
-        if side.ref_logps is not None:
-            on_device["ref_logps"] = side.ref_logps[rows]
-        return batch | {name: to_device(x, self.policy.device) for name, x in on_device.items()}
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
+    step: int = 0  # the last one done, or the one being done
+    in_training: bool = False  # then a signal is obeyed at the next log line
 
 
-def pool(window: dict[str, list]) -> dict[str, Tensor]:
-    """Each name's tensors and numbers, of all processes, in one CPU tensor."""
-    flat = lambda values: torch.cat([torch.as_tensor(v).reshape(-1).cpu() for v in values])
-    parts = gather({name: flat(values) for name, values in window.items()})
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in parts[0]}
+def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
+    """What `work(piece, batch)` returns for each piece of this process's share of `rows`.
+
+    Out of memory halves the budget of tokens, drops the gradients of the pieces that were done, and
+    begins again. Raises RunError if a single row does not fit.
+    """
+    args, by_length = run.args, rows[np.argsort(side.lengths[rows].sum(1), kind="stable")]
+    while True:  # every n-th row by length: processes have equal work
+        pieces = micro_batches(by_length[RANK::WORLD_SIZE], side.lengths, args.micro_batch_tokens)
+        try:
+            with autocast(args):
+                return [work(piece, side.batch(piece)) for piece in pieces]
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+                raise
+        # Here, outside of `except`, nothing holds the failed piece's tensors any longer.
+        for network in filter(None, (run.policy, run.value_model)):
+            network.zero_grad()
+        largest = int(max(len(piece) * side.lengths[piece].max(0).sum() for piece in pieces))
+        if max(map(len, pieces)) == 1:
+            raise RunError(f"out of memory: one row of {largest} tokens does not fit")
+        args.micro_batch_tokens = min(args.micro_batch_tokens, largest) // 2
+        say(f"out of memory: going on with --micro_batch_tokens {args.micro_batch_tokens}")
 
 
-def check_finite(run: Run, pooled: dict[str, Tensor]) -> None:
-    """Raises FloatingPointError if a loss or gradient since the last log line is not finite."""
-    checked = ("nll", "residual", "grad_norm", "value_grad_norm")
-    bad = [name for name in checked if name in pooled and not pooled[name].isfinite().all()]
-    if bad:
-        first = run.step - len(pooled["seconds"]) + 1
-        steps = f"step {run.step}" if first == run.step else f"steps {first} to {run.step}"
-        rows = pooled["row"]
-        wrong = rows[~pooled["nll" if "nll" in pooled else "residual"].isfinite()]
-        rows = wrong if len(wrong) else rows  # if it is the gradient, any of them may be the cause
-        prompts = run.train_side.triplets[rows[:3].numpy()]["prompt"]
-        shown = "; ".join(repr(prompt[:80]) for prompt in prompts)
-        raise FloatingPointError(
-            f"{' and '.join(bad)} not finite in {steps}, with prompts such as {shown}. Nothing of "
-            "it was saved; try a lower --learning_rate or --max_grad_norm 1"
-        )
+def batch_constant(run: Run, rows: np.ndarray) -> Tensor | None:
+    """What a loss needs to know of the whole batch before any gradient.
+
+    For `--value batch` the mean of u = r − τ log π/π_ref. As a constant V it makes DRO-V's policy
+    loss DRO-P: the gradient of ½ Var(u) is mean((u − ū) ∇u). For KTO z₀, the mean of log π/π_ref on
+    mismatched pairs, at least 0.
+    """
+    kto = run.args.loss == "kto"
+    if not kto and run.args.value != "batch":
+        return None
+
+    @torch.no_grad()
+    def work(piece: np.ndarray, batch: dict[str, Tensor]) -> float:
+        log_ratio = sequence_logps(run.policy, batch) - batch["ref_logps"]
+        terms = log_ratio if kto else batch["rewards"] - run.args.tau * log_ratio
+        return terms.double().sum().item()
+
+    sums = gather(sum(in_pieces(run, run.sides["mismatched" if kto else "train"], rows, work)))
+    mean = torch.tensor(sum(sums) / len(rows), dtype=torch.float32, device=DEVICE)
+    return mean.clamp(min=0) if kto else mean
 
 
-def summarise(pooled: dict[str, Tensor], tau: float) -> dict[str, float | None]:
-    """What is logged, over all pooled rows: README, "What is logged"."""
-    pooled = {name: values.double() for name, values in pooled.items()}
-    metrics = {}
-    if "residual" in pooled:
-        residual, log_ratio, reward = pooled["residual"], pooled["log_ratio"], pooled["reward"]
-        target = reward - tau * log_ratio  # what V is fitted to: Eq. 3
+def backward(run: Run, rows: np.ndarray, constant: Tensor | None, piece: np.ndarray, batch: dict):
+    """Add a piece's part of the step's gradient; returns what is logged, a tensor for each name.
+
+    Another loss is a function like `kto_loss`, a branch here, and a name in `make_parser`.
+    """
+    args, side, logps = run.args, run.sides["train"], sequence_logps(run.policy, batch)
+    # The divisor is the whole batch's: cutting the batch changes no gradient.
+    ref_logps, rewards, divisor = batch.get("ref_logps"), batch["rewards"], len(rows)
+    record = {} if args.loss == "sft" else {"log_ratio": logps - ref_logps, "reward": rewards}
+    if args.loss == "sft":  # maximum likelihood, a mean over tokens
+        losses, divisor = -logps, int(side.lengths[rows, 1].sum())
+        record = {"loss": losses, "completion_tokens": (batch["labels"] != -100).sum(-1)}
+    elif args.loss == "kto":
+        desirable = rewards > side.rewards[rows].mean().item()
+        losses = record["loss"] = kto_loss(logps, ref_logps, desirable, constant, args.tau)
+    else:
+        V = run.value_model if constant is None else lambda x, mask: constant.expand(len(x))
+        values = record["value"] = V(batch["input_ids"], batch["attention_mask"])
+        policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
+        losses = policy_loss + value_loss
+    with torch.autocast(DEVICE.type, enabled=False):
+        (losses.sum() / divisor).backward()
+    record["tokens"] = torch.tensor([side.lengths[piece].sum()])
+    record["padded_tokens"] = torch.tensor([batch["input_ids"].numel() + batch["labels"].numel()])
+    return {name: tensor.detach() for name, tensor in record.items()}
+
+
+def train(run: Run) -> None:
+    """The loop, in the order in which things happen; at a log line: log → evaluate → save → stop."""
+    args, side, groups = run.args, run.sides["train"], run.optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # Networks are clipped each by itself; a shared backbone makes them one.
+    shared = args.share_policy_and_value_backbone
+    networks = {"grad_norm": parameters if shared else groups[0]["params"]}
+    if len(groups) > 1 and not shared:
+        networks["value_grad_norm"] = groups[1]["params"]
+    # The + 1 and steps from 1: neither the first step nor the last has a learning rate of 0.
+    schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, args.max_steps + 1)
+    factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
+    window, run.in_training = defaultdict(list), True  # recorded since the last log line, by name
+    bar = progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps")
+    for run.step in bar:
+        started = time.perf_counter()
+        rows = step_rows(run.step, len(side.rewards), args.train_batch_size, args.seed)
+        work = functools.partial(backward, run, rows, batch_constant(run, rows))
+        for record in in_pieces(run, side, rows, work):
+            for name, tensor in record.items():
+                window[name].append(tensor)
+        sum_gradients(parameters)
+        for name, network in networks.items():
+            norm = nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
+            window[name].append(norm.reshape(1))
+            if args.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
+        for group in groups:
+            group["lr"] = group["initial_lr"] * factor(run.step)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        window["seconds"].append(torch.tensor([time.perf_counter() - started]))
+        last = run.step == args.max_steps
+        if run.step % args.logging_steps and not last:
+            continue
+
+        metrics = summarise(window, args.tau)
+        window.clear()
+        finite = all(parameter.isfinite().all() for parameter in parameters)
+        if not finite or None in map(metrics.get, ("loss", *networks)):
+            advice = "try a lower --learning_rate, or --max_grad_norm 1, in another --output_dir"
+            raise RunError(f"loss, gradient or weights not finite by step {run.step}: {advice}")
+        log(run, metrics | {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)})
+        save, stop = last or run.step % args.save_steps == 0, any(gather(bool(stop_signals)))
+        if save and not args.overfit_one_batch:
+            evaluate(run)
+        if save or stop:
+            save_checkpoint(run)
+        if stop:
+            raise Stopped(f"stopped after step {run.step}, with a checkpoint")
+    run.in_training = False
+
+
+def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | None]:
+    """What is logged, over all rows of all processes: README, "What is logged"."""
+    parts = gather({name: torch.cat(tensors).double().cpu() for name, tensors in window.items()})
+    names = dict.fromkeys(itertools.chain.from_iterable(parts))  # one may have had no rows
+    pooled = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+    metrics, mean = {}, {name: values.mean() for name, values in pooled.items()}
+    if "log_ratio" in pooled:
+        target = pooled["reward"] - tau * pooled["log_ratio"]  # what V is fitted to: Eq. 3
+        # Where there is no V, the best single one, so that all losses' numbers compare.
+        residual = target - pooled.get("value", target.mean())
         metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
-        metrics["residual_mean"] = residual.mean()
-        metrics["residual_std"] = residual.std(correction=0)
+        metrics |= {"residual_mean": residual.mean(), "residual_std": residual.std(correction=0)}
         metrics["value_explained_variance"] = 1 - residual.var() / target.var()
-        metrics["log_ratio_mean"] = log_ratio.mean()
-        metrics["reward_mean"] = reward.mean()
-    if "nll" in pooled:
-        metrics["sft_loss"] = pooled["nll"].sum() / pooled["completion_tokens"].sum()
+        metrics |= {"log_ratio_mean": mean["log_ratio"], "reward_mean": mean["reward"]}
+    if "loss" in pooled:  # KTO's own, or SFT's: nats a token
+        metrics["loss"] = mean["loss"] / mean.get("completion_tokens", 1)
+    metrics |= {name: mean[name] for name in ("grad_norm", "value_grad_norm") if name in mean}
     if "seconds" in pooled:
-        norms = [name for name in ("grad_norm", "value_grad_norm") if name in pooled]
-        metrics |= {name: pooled[name].mean() for name in norms}
-        metrics["step_seconds"] = pooled["seconds"].mean()
-        metrics["tokens_per_second"] = pooled["tokens"].sum() / pooled["seconds"].sum()
-        metrics["padding"] = 1 - pooled["tokens"].sum() / pooled["padded_tokens"].sum()
+        tokens, seconds = pooled["tokens"].sum(), pooled["seconds"].sum() / WORLD_SIZE
+        padding = 1 - tokens / pooled["padded_tokens"].sum()
+        metrics |= {"step_seconds": mean["seconds"], "tokens_per_second": tokens / seconds}
+        metrics["padding"] = padding
     return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
-
-
-# What of a line of metrics.jsonl is also printed, and under which name.
-SHOWN = {
-    "sft_loss": "loss", "loss": "loss", "residual_mean": "residual mean", "residual_std": "std",
-    "value_explained_variance": "V explains", "log_ratio_mean": "log π/π_ref",
-    "step_seconds": "s/step", "tokens_per_second": "tokens/s",
-    "reference_seconds": "seconds for π_ref",
-}  # fmt: skip
 
 
 def log(run: Run, metrics: dict[str, float | None]) -> None:
     """A line of metrics.jsonl for machines, and one for people."""
     if RANK == 0:
-        with (run.args.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with open(f"{run.args.output_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    shown = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    shown = {SHOWN[name]: shown[name] for name in SHOWN if shown.get(name) is not None}
-    numbers = [f"{name} {value:.4g}" for name, value in shown.items()]
-    held_out = " held out" if "eval_loss" in metrics else ""
-    say(f"step {run.step:>5}{held_out}: {', '.join(numbers)}")
+    numbers = [f"{name} {x:.4g}" for name, x in metrics.items() if x is not None]
+    say(f"step {run.step}: {', '.join(numbers)}")
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def for_each(run: Run, side: Side, function: Callable, desc: str, rows=None) -> list:
+    """`function(batch, piece)`, an item for each row of a piece, on all rows of a side, or `rows`,
+    in length order, under a bar. Returns N items, None for other rows, to all processes."""
+
+    @torch.no_grad()
+    def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+        if stop_signals and not run.in_training:
+            raise Stopped("stopped")
+        return list(zip(piece.tolist(), function(batch, piece), strict=True))
+
+    items, rows = [None] * len(side.lengths), np.arange(len(side.lengths)) if rows is None else rows
+    chunks = micro_batches(
+        rows, side.lengths, 16 * run.args.micro_batch_tokens
+    )  # what a retry does
+    parts = gather([in_pieces(run, side, chunk, work) for chunk in progress(chunks, desc)])
+    flat = itertools.chain.from_iterable
+    for row, item in flat(flat(flat(parts))):
+        items[row] = item
+    return items
+
+
+def score(run: Run, side: Side, desc: str, rows=None, values=True) -> tuple[Tensor, Tensor]:
+    """log π(y|x) and V(x) of a side, (N,) each: NaN in rows not asked for, and where there is no V."""
+
+    def function(batch: dict[str, Tensor], piece: np.ndarray) -> list[list[float]]:
+        logps = sequence_logps(run.policy, batch)
+        V = run.value_model if values and run.value_model else lambda x, mask: logps * math.nan
+        return torch.stack([logps, V(batch["input_ids"], batch["attention_mask"])], -1).tolist()
+
+    items = [item or [math.nan] * 2 for item in for_each(run, side, function, desc, rows)]
+    return torch.tensor(items).unbind(-1)
+
+
+def fix_reference(run: Run) -> None:
+    """Score with π_ref, which is the policy before its first step, once; the numbers are on disk.
+
+    No copy of π_ref is kept, and no step runs one. A resumed run reads the numbers.
+    """
+    args, file = run.args, Path(run.args.output_dir, "reference_logps.safetensors")
+    if not gather(file.exists())[0]:
+        require(run.step == 0, f"{file} is gone, and π_ref with it: start again, elsewhere")
+        total, size, logps = len(run.sides["train"].rewards), args.train_batch_size, {}
+        visited, started = np.arange(total), time.perf_counter()
+        if args.max_steps * size < total:  # score no row that is not going to be used
+            steps = [step_rows(s + 1, total, size, args.seed) for s in range(args.max_steps)]
+            visited = np.concatenate([visited[:0], *steps])
+        for name, side in run.sides.items():
+            rows = visited if name in ("train", "mismatched") else None
+            logps[name] = score(run, side, f"π_ref on {name} rows", rows, values=False)[0].clone()
+            if name == "train":
+                log(run, {"reference_seconds": time.perf_counter() - started})
+        if RANK == 0:
+            with atomic(file) as temporary:
+                save_file(logps, temporary)
+    gather(None)  # the file is there for all
+    for name, logps in load_file(file).items():
+        run.sides[name].ref_logps = logps
+
+
+def check_alike(run: Run) -> None:
+    """Score the first batch twice, as the loop does it. Raises RunError if that makes a difference:
+    then there is randomness in the model, and log π/π_ref would not mean what it says."""
+    side = run.sides["train"]
+    rows = np.unique(step_rows(1, len(side.rewards), run.args.train_batch_size, run.args.seed))
+    work = lambda piece, batch: (piece, sequence_logps(run.policy, batch).detach().cpu())
+    once, again = (in_pieces(run, side, rows, work) for _ in range(2))
+    for (_, a), (_, b) in zip(once, again):
+        if not torch.allclose(a, b, rtol=1e-3, atol=1e-3):
+            advice = "look in its config for a rate of dropout or noise that is not 0"
+            raise RunError(f"the model does not score a batch alike twice: {advice}")
+    if side.ref_logps is not None:
+        parts = itertools.chain.from_iterable(gather(once))
+        rms = torch.cat([a - side.ref_logps[piece] for piece, a in parts]).square().mean().sqrt()
+        say(f"before the first step log π/π_ref is {rms:.2g} on its batch (root mean square)")
+
+
+def rows_by_prompt(side: Side) -> dict[str, list[int]]:
+    """The rows of each prompt."""
+    rows = defaultdict(list)
+    for row, prompt in enumerate(side.table["prompt"][:]):
+        rows[prompt].append(row)
+    return rows
+
+
+def evaluate(run: Run) -> None:
+    """Log the held-out numbers as eval_…. They mean the same for every loss: methods compare."""
+    side, metrics, right = run.sides["eval"], {}, []
+    logps, values = score(run, side, "π and V on held-out rows")
+    numbers = {"loss": -logps, "completion_tokens": torch.from_numpy(side.lengths[:, 1])}
+    if run.args.loss != "sft":
+        numbers = {"log_ratio": logps - side.ref_logps, "reward": side.rewards}
+        numbers |= {"value": values} if run.value_model else {}
+        # The share of pairs of answers to one prompt, of different rewards, that log π/π_ref orders
+        # as the rewards do; a tie, within 1e-3, counts ½.
+        for rows in rows_by_prompt(side).values():
+            rewards, log_ratio = side.rewards[rows], numbers["log_ratio"][rows]
+            margin = (log_ratio[:, None] - log_ratio)[rewards[:, None] > rewards]  # each pair once
+            right.append((margin > 1e-3) + 0.5 * (margin.abs() <= 1e-3))
+        right = torch.cat(right)
+        metrics["pair_accuracy"] = right.mean().item() if len(right) else None
+    share = slice(RANK, None, WORLD_SIZE)  # every process has all rows, and pools its share
+    metrics |= summarise({name: [x[share]] for name, x in numbers.items()}, run.args.tau)
+    log(run, {f"eval_{name}": x for name, x in metrics.items()})
+
+
+class Sampler(transformers.LogitsProcessor):
+    """Sampling by the inverse CDF of uniform numbers, drawn beforehand for each prompt and place: an
+    answer is the same in any company, and policies that hardly differ answer alike."""
+
+    def __init__(self, uniform: Tensor, temperature: float, width: int):
+        self.uniform, self.temperature, self.width = uniform, temperature, width  # (B, new tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cdf = (scores.float() / self.temperature).softmax(-1).double().cumsum(-1)
+        mark = self.uniform[:, input_ids.shape[1] - self.width, None] * cdf[:, -1:]
+        token = torch.searchsorted(cdf, mark, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+
+
+def generate(run: Run) -> None:
+    """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
+    args, policy, side = run.args, run.policy, copy.copy(run.sides["eval"])
+    prompt_of = {rows[0]: prompt for prompt, rows in rows_by_prompt(side).items()}
+    # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
+    room = np.full(len(side.lengths), args.max_new_tokens)
+    side.lengths = np.stack([side.lengths[:, 0], room], axis=1) / 8
+    behind, seq2seq = run.frame["completion"][1], policy.config.is_encoder_decoder
+    ends = {behind[-1], run.tokenizer.eos_token_id} - {None}
+    config = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "num_beams": 1}
+    config |= {"eos_token_id": sorted(ends), "pad_token_id": behind[-1]}
+    config |= {"decoder_start_token_id": policy.config.decoder_start_token_id} if seq2seq else {}
+
+    def answer(batch: dict[str, Tensor], piece: np.ndarray) -> list[tuple[str, bool]]:
+        width, answers = 1 if seq2seq else batch["input_ids"].shape[1], []
+        seeds = [int(sha256(args.seed, prompt_of[row])[:16], 16) for row in piece]
+        uniform = [np.random.default_rng(seed).random(args.max_new_tokens) for seed in seeds]
+        sampler = Sampler(torch.from_numpy(np.stack(uniform)).to(DEVICE), args.temperature, width)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs["logits_processor"] = [sampler] if args.temperature else []
+        with head_reads(policy, lambda states: states):
+            ids = policy.generate(**inputs)[:, width:].tolist()
+        for tokens in ids:
+            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+            tokens = tokens[:end]
+            tokens = tokens[: -len(behind)] if tokens[-len(behind) :] == behind else tokens
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            answers.append((run.tokenizer.decode(tokens, **options), end is not None))
+        return answers
+
+    # The model's own penalties, beams and limits are not the flags'; they are saved as they came.
+    own, policy.generation_config = (
+        policy.generation_config,
+        transformers.GenerationConfig(**config),
+    )
+    policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
+    answers = for_each(run, side, answer, "Answering", np.array(sorted(prompt_of)))
+    policy.train().generation_config = own
+    answers = {prompt: answers[row] for row, prompt in prompt_of.items()}
+    lines = []
+    for prompt, fold in run.fold_of.items():
+        text, ended = answers[prompt]
+        lines.append({"prompt": prompt, "fold": fold, "completions": [text], "finished": [ended]})
+    if RANK == 0:
+        write_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines)
+
+
+# ----------------------------------------------------------------------------------------- dice
+
+# The example whose answer is known: the prompt "Ada rolls 3d6" asks for three rolls of a six-sided
+# die, "416" is a completion, 11 its reward. SFT learns fair dice; DRO-V should load them.
+
+NAMES = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
+Rózsa Sofia Sophie Srinivasa Thomas"""
+
+
+def dice_rolls(seed: int) -> Iterator[dict]:
+    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
+    rng = np.random.default_rng(seed)
+    for name, dice, sides in itertools.product(NAMES.split(), (1, 2, 3, 4), (4, 6, 8)):
+        for roll in rng.integers(1, sides + 1, size=(64, dice)):
+            row = {"prompt": f"{name} rolls {dice}d{sides}", "completion": "".join(map(str, roll))}
+            yield row | {"reward": int(roll.sum())}
+
+
+def dice_reward(prompt: str, completion: str) -> int | None:
+    """The true reward: the sum of the faces, or None for what is not a roll of these dice."""
+    dice, sides = map(int, prompt.rsplit(" ", 1)[1].split("d"))
+    faces = ["12345678".find(face) + 1 for face in completion]  # 0 for what is no face
+    return sum(faces) if len(faces) == dice and all(1 <= face <= sides for face in faces) else None
+
+
+def all_rolls(prompt: str) -> list[str]:
+    """Every valid roll, in order; of more than 3 dice, none."""
+    dice, sides = map(int, prompt.rsplit(" ", 1)[1].split("d"))
+    return ["".join(faces) for faces in itertools.product("12345678"[:sides], repeat=dice)] * (
+        dice < 4
+    )
+
+
+def dice_report(run: Run) -> dict:
+    """How much of the attainable rise of Eq. 1 the policy has, exactly; prints and returns it.
+
+    A prompt's outcomes are its valid rolls and, as one more with the lowest roll's reward, all that
+    is no roll. Eq. 2 over them, with the π_ref that was trained, gives π* and V* = J(π*).
+    """
+    tau, side, columns = run.args.tau, run.sides["rolls"], ("reward", "valid", "kl", "objective")
+    mean, std = run.manifest["reward_mean"], run.manifest["reward_std"]
+    logps, values = score(run, side, "every roll")
+    table, errors, shown = {"π_ref": [], "π_θ": [], "π*": []}, [], {}
+    for prompt, rows in rows_by_prompt(side).items():
+        rolls, p = all_rolls(prompt), {}
+        raw = np.array([dice_reward(prompt, roll) for roll in rolls])
+        raw = np.append(raw, raw.min())
+        rewards = (raw - mean) / std
+        for name, x in (("π_ref", side.ref_logps), ("π_θ", logps)):
+            valid = x[rows].double().exp().numpy()
+            p[name] = np.append(valid, max(1 - valid.sum(), 1e-12))
+        weights = torch.from_numpy(np.log(p["π_ref"]) + rewards / tau)
+        value = tau * weights.logsumexp(0).item()  # V*(x)
+        p["π*"] = np.exp(weights.numpy() - value / tau)  # Eq. 2
+        for name, pi in p.items():
+            kl = pi @ np.log(np.maximum(pi, 1e-300) / p["π_ref"])
+            table[name].append((pi @ raw, 1 - pi[-1], kl, pi @ rewards - tau * kl))  # last: Eq. 1
+        errors.append(values[rows[0]].item() - value)
+        shown[abs(len(rolls) - 6)] = (prompt, rolls, p)
+    prompt, rolls, p = shown[min(shown)]
+    say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
+    for i, name in itertools.product(range(len(rolls[:8])), table):
+        start = rolls[i] if name == "π_ref" else " " * len(rolls[i])
+        say(f"{start}  {name:<6}{p[name][i]:6.1%} {'█' * round(60 * p[name][i])}")
+    say(f"\nExactly, over every roll of {len(errors)} held-out prompts of at most three dice:")
+    say(f"{'':<8}{'mean reward':>12}{'valid mass':>12}{'KL':>9}{'objective':>11}")
+    results = {"tau": tau}
+    for key, (name, rows) in zip(("sft", "policy", "optimum"), table.items()):
+        results[key] = dict(zip(columns, numbers := np.mean(rows, axis=0).tolist()))
+        say("{:<8}{:>12.3f}{:>12.2%}{:>9.4f}{:>11.4f}".format(name, *numbers))
+    low, reached, best = (results[key]["objective"] for key in ("sft", "policy", "optimum"))
+    results["gain_share"] = (reached - low) / (best - low)
+    rmse = float(np.sqrt(np.mean(np.square(errors))))
+    results["value_rmse"] = rmse if run.value_model else None
+    say(f"π_θ has {results['gain_share']:.2%} of the rise of the objective that π* has")
+    if run.value_model:
+        say(f"V(x) is off V*(x) by {rmse:.3f} (root mean square, in normalised rewards)")
+    return results
+
+
+# ----------------------------------------------------------------------------------- comparison
+
+# The paper's results are win rates: two policies answer the same held-out prompts, and a judge sees
+# the answers without knowing whose they are.
+
+JUDGE_PROMPT = """Here are an instruction and two responses to it. Which response is more helpful, \
+and does better what the instruction asks for?
+
+Instruction:
+{prompt}
+
+Response A:
+{A}
+
+Response B:
+{B}
+
+Which response is better? Answer with one letter, A or B.
+Answer:"""
+
+
+def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], dict[str, dict]]:
+    """One policy's lines of generations-<step>.jsonl by prompt, with "run"; what its runs must have
+    in common, by their names. Raises UserError if a run is not finished, or answers twice."""
+    answers, protocols = {}, {}
+    for name in runs:
+        with loading(name, "it is no finished run"):
+            args, manifest, _ = (
+                json.loads(Path(name, file).read_text(encoding="utf-8"))
+                for file in ("args.json", "prompt_split_manifest.json", "results.json")
+            )
+            step = 0 if at_start else args["args"]["max_steps"]
+            lines = [x for _, x in read_jsonl(f"{name}/generations-{step}.jsonl")]
+        protocols[name] = {"held_out": manifest["held_out"]}
+        for key in ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed",
+                    "max_prompt_length", "max_new_tokens", "temperature"):  # fmt: skip
+            protocols[name][key] = args["args"][key]
+        missing = manifest["eval_prompts"] - len(lines)
+        require(not missing, f"{name} has {len(lines)} answers, {missing} fewer than prompts")
+        for line in lines:
+            twice = f"fold {line['fold']} is answered twice, again by {name}"
+            require(line["prompt"] not in answers, twice)
+            answers[line["prompt"]] = line | {"run": name + "@0" * at_start}
+    return answers, protocols
+
+
+def make_pairs(ours: dict[str, dict], theirs: dict[str, dict]) -> list[dict]:
+    """What a judge sees, {"id", "prompt", "A", "B"}, and "fold", "ours": which of A, B is ours.
+
+    The id, and which text is A, come from a hash of the prompt and the two texts alone: swapping
+    the sides, or cutting the folds into several runs, changes neither.
+    """
+    pairs = []
+    for prompt, line in ours.items():
+        a, b = sorted([line["completions"][0], theirs[prompt]["completions"][0]])
+        digest = sha256(json.dumps([prompt, a, b]))
+        a, b = (a, b) if int(digest[-1], 16) % 2 else (b, a)
+        mine = "A" if a == line["completions"][0] else "B"
+        pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b}
+        pairs.append(pair | {"fold": line["fold"], "ours": mine})
+    return pairs
+
+
+def judge_by_reward(pairs: list[dict]) -> np.ndarray:
+    """1 where A has the higher true reward, 0 where B has, ½ for a tie. Any roll beats no roll."""
+    rewards = np.array([[dice_reward(p["prompt"], p[x]) or -1 for x in "AB"] for p in pairs])
+    return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
+
+
+def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
+    """1 where the model prefers A, 0 where B, in both orders; ½ where it does not hold to it; NaN
+    for a pair that it has no positions for. Raises UserError if it does not answer with A or B."""
+    name, (model, tokenizer) = args.judge_model, load_policy(args.judge_model)
+    model, seq2seq = model.to(DEVICE).eval(), model.config.is_encoder_decoder
+    frame = text_frame(tokenizer, seq2seq)
+    space = "" if tokenizer.chat_template and not seq2seq else " "
+    letters = [tokenizer.encode(space + letter, add_special_tokens=False) for letter in "AB"]
+    shared = len(os.path.commonprefix(letters))  # of a byte-level tokenizer the space
+    letters = [frame["completion"][0] + ids[: shared + 1] for ids in letters]
+    require(letters[0] != letters[1], f"{name} cannot judge: its tokenizer tells no A from B")
+    orders = [(pair, pair | {"A": pair["B"], "B": pair["A"]}) for pair in pairs]
+    texts = [JUDGE_PROMPT.format_map(pair) for pair in itertools.chain.from_iterable(orders)]
+    x, _ = encode(texts, [], tokenizer, frame, sys.maxsize, sys.maxsize)
+    rows = {"input_ids": [ids for ids in x for _ in letters], "labels": letters * len(x)}
+    lengths = np.array([[len(ids), len(letters[0])] for ids in rows["input_ids"]])
+    table, pad = datasets.Dataset.from_dict(rows), "right" if seq2seq else "left"
+    run = Run(args, model, tokenizer, frame)
+    fits = (lengths if seq2seq else lengths.sum(1, keepdims=True)).max(1) <= position_limit(model)
+    fits = fits.reshape(-1, 4).all(1)
+    side = Side(table, torch.zeros(len(lengths)), lengths, pad)
+    logps, _ = score(run, side, "Judging", np.flatnonzero(fits.repeat(4)))
+    logps = logps.double().numpy().reshape(-1, 2, 2)  # pair, order, letter
+    mass = np.exp(logps[fits]).sum(-1).mean() if fits.any() else math.nan
+    say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
+    require(mass >= 0.1, f"{name} cannot judge: it gives A and B together {mass:.1%}, not 10 %")
+    margins = np.stack([logps[:, 0, 0] - logps[:, 0, 1], logps[:, 1, 1] - logps[:, 1, 0]])
+    verdicts = ((margins > 0).all(0) * 1.0 - (margins < 0).all(0) + 1) / 2
+    return np.where(fits, verdicts, math.nan)
+
+
+def read_verdicts(file: str, pairs: list[dict]) -> np.ndarray:
+    """The mean verdict on each pair: 1 for A, 0 for B, ½ for a tie; NaN where there is none."""
+    given, points = defaultdict(list), {"A": 1.0, "B": 0.0, "tie": 0.5}
+    with loading(file, "--verdicts needs a file of JSON Lines"):
+        for number, line in read_jsonl(file):
+            fits = isinstance(line.get("id"), str) and line.get("winner") in ("A", "B", "tie")
+            require(fits, f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie')
+            given[line["id"]].append(points[line["winner"]])
+    missing, unknown = (
+        {p["id"] for p in pairs} - set(given),
+        set(given) - {p["id"] for p in pairs},
+    )
+    say(
+        f"{file}: {len(missing)} of {len(pairs)} pairs have no verdict; unknown ids: {len(unknown)}"
+    )
+    return np.array([np.mean(given[p["id"]]) if p["id"] in given else math.nan for p in pairs])
+
+
+def win_rates(pairs: list[dict], verdicts: np.ndarray) -> dict:
+    """Our win rate over all prompts, its interval (Wilson's, 95 %), its standard deviation over
+    folds (n − 1), and the folds'. Raises UserError without a verdict."""
+    require(not np.isnan(verdicts).all(), "there is no known verdict on any of these pairs")
+    same = np.array([pair["A"] == pair["B"] for pair in pairs])
+    ours = np.array([pair["ours"] == "A" for pair in pairs])
+    scores = np.where(same, 0.5, np.where(ours, verdicts, 1 - verdicts))
+    folds, scores = (np.array(x)[~np.isnan(scores)] for x in ([p["fold"] for p in pairs], scores))
+
+    def tally(scores: np.ndarray) -> dict:
+        counts = ((scores > 0.5).sum(), (scores == 0.5).sum(), (scores < 0.5).sum(), len(scores))
+        names = ("wins", "ties", "losses", "prompts")
+        return {"win_rate": float(scores.mean())} | dict(zip(names, map(int, counts)))
+
+    result, n, z = tally(scores), len(scores), 1.959964
+    of_folds = {str(fold): tally(scores[folds == fold]) for fold in np.unique(folds)}
+    rates, p = [fold["win_rate"] for fold in of_folds.values()], result["win_rate"]
+    # A score in [0, 1] has a variance of at most p (1 − p): with ties this errs on the wide side.
+    half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
+    low, high = ((p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    result["interval"] = [max(0.0, low), min(1.0, high)]
+    result["std"] = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
+    return result | {"same_answers": int(same.sum()), "folds": of_folds}
+
+
+def compare(args: Namespace) -> None:
+    """Judge one policy's answers against another's, or against its own start. Raises UserError if
+    the two are not answers to the same questions."""
+    ours, protocols = load_answers(args.compare, at_start=False)
+    theirs, others = load_answers(args.against or args.compare, at_start=not args.against)
+    first, protocol = next(iter(protocols.items()))
+    for name, other in [*protocols.items(), *others.items()]:
+        differ = [key for key in protocol if protocol[key] != other[key]]
+        values = (
+            "" if "held_out" in differ[:1] else f": {[(protocol[k], other[k]) for k in differ]}"
+        )
+        require(not differ, f"{first} and {name} do not compare: they differ in {differ}{values}")
+    same = ours.keys() == theirs.keys()
+    require(
+        same, f"not the same prompts are answered: {len(ours)} and {len(theirs)}, or other folds"
+    )
+    pairs, folder = make_pairs(ours, theirs), Path(args.output_dir)
+    shown = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
+    holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if holds:
+        known = "pairs.jsonl" in holds <= {"pairs.jsonl", "key.jsonl", "win_rates.json"}
+        known = known and [x for _, x in read_jsonl(f"{folder}/pairs.jsonl")] == shown
+        require(known, f"--output_dir {folder} holds something else than this comparison")
+    verdicts = judge_by_reward(pairs) if protocol["dataset_name"] == "dice" else None
+    if args.judge_model:
+        verdicts = judge_by_model(args, pairs)
+    elif args.verdicts:
+        verdicts = read_verdicts(args.verdicts, pairs)
+    result = None if verdicts is None else win_rates(pairs, verdicts)
+    key = []
+    for pair in pairs:
+        runs = [side[pair["prompt"]]["run"] for side in (ours, theirs)]
+        key.append(
+            {"id": pair["id"]} | dict(zip("AB", runs if pair["ours"] == "A" else runs[::-1]))
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "pairs.jsonl", *shown)
+    write_json(folder / "key.jsonl", *key)
+    ended = [np.mean([line["finished"][0] for line in side.values()]) for side in (ours, theirs)]
+    say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
+    if result is None:
+        say(
+            f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl, whose they are in key.jsonl; go on"
+        )
+        return say('with --verdicts FILE, a line {"id": …, "winner": "A", "B" or "tie"} for each')
+    sides = {"compare": args.compare, "against": args.against}
+    write_json(folder / "win_rates.json", sides | result, indent=2)
+    for fold, x in result["folds"].items():
+        bar = f"{'█' * round(40 * x['win_rate']):░<40} {x['win_rate']:6.1%}"
+        say(f"fold {fold} {bar}  {x['wins']} wins, {x['ties']} ties, {x['losses']} losses")
+    spread = f" ± {100 * result['std']:.1f} %" if result["std"] is not None else ""
+    low, high = (100 * x for x in result["interval"])
+    names = (" + ".join(args.compare), " + ".join(args.against or ["its start"]))
+    what = f"{result['prompts']} prompts, {result['same_answers']} with equal answers"
+    say(
+        f"{names[0]} vs {names[1]}: {100 * result['win_rate']:.1f} %{spread} ({what}; 95 % CI {low:.1f}–{high:.1f} %)"
+    )
+
+
+# ------------------------------------------------------------------------------------ machinery
+
+
+class UserError(ValueError):
+    """Something the user can put right; ends the program with this one line and exit code 2."""
+
+
+class RunError(Exception):
+    """What went wrong with a run that had begun; exit code 1, and every checkpoint is kept."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM was obeyed, where everything is consistent; exit code 128 + signal."""
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED")
+stop_signals: list[int] = []  # Ctrl-C and SIGTERM arrive here
+
+
+def request_stop(signum: int, frame: object) -> None:
+    """A signal handler: the first signal is noted, a second one ends the program at once."""
+    stop_signals.append(signum)
+    if len(stop_signals) > 1:
+        raise KeyboardInterrupt
+
+
+def require(ok: object, message: str) -> None:
+    """Raises UserError unless `ok`."""
+    if not ok:
+        raise UserError(message)
+
+
+@contextmanager
+def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
+    """Makes a UserError with a hint of what goes wrong while something is loaded."""
+    try:
+        yield
+    except Exception as error:  # missing, damaged, unreachable: as many types as causes
+        if isinstance(error, UserError) and not always:
+            raise
+        raise UserError(f"cannot load {source} ({str(error)[:200]}): {hint}") from error
+
+
+# `torchrun` starts several copies of this program. All hold the same networks and see the same
+# rows; each works on its share of them (`in_pieces`), and they meet where a gradient, a number to
+# log, a score or an answer belongs to all. Alone, a process does nothing here.
+
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = {name: os.environ.get(name, "") for name in LAUNCHED}
+SEVERAL = LAUNCHED["WORLD_SIZE"] not in ("", "1")
+WORLD_SIZE, RANK, LOCAL_RANK = (
+    int(LAUNCHED[name]) if SEVERAL and LAUNCHED[name].isdecimal() else default
+    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+)
+DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+
+
+def meet_processes() -> None:
+    """Connect this process to the others, if a launcher has started several."""
+    if not SEVERAL or dist.is_initialized():
+        return
+    wrong = [k for k, text in LAUNCHED.items() if not (text if "ADDR" in k else text.isdecimal())]
+    cure = "start several processes with torchrun, or unset WORLD_SIZE"
+    require(not wrong, f"WORLD_SIZE is {LAUNCHED['WORLD_SIZE']!r} without a usable {wrong}: {cure}")
+    gpus = torch.cuda.device_count()
+    require(LOCAL_RANK < max(gpus, 1) or not gpus, f"there are {gpus} GPUs: lower --nproc_per_node")
+    waits = "process {RANK} waits at {MASTER_ADDR}:{MASTER_PORT} for all {WORLD_SIZE}"
+    print(waits.format(**LAUNCHED), file=sys.stderr)
+    if gpus:
+        torch.cuda.set_device(DEVICE)
+    with loading("the other processes", cure):
+        timeout = timedelta(hours=2)  # downloads take their time
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout)
+
+
+def gather(item: Any) -> list:
+    """Every process's `item`, in order of rank; all processes wait here for the slowest."""
+    items = [item] * WORLD_SIZE
+    if dist.is_initialized():
+        dist.all_gather_object(items, item)
+    return items
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Add up the processes' gradients, once a step; one that a process has not counts as zeros."""
+    if dist.is_initialized():
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+            pending.wait()
+
+
+def say(message: str) -> None:
+    """Print a line, once, without tearing the progress bar."""
+    if RANK == 0:
+        tqdm.write(message)
+
+
+def progress(items: Iterable, desc: str, **options: Any) -> tqdm:
+    """A progress bar, on terminals."""
+    return tqdm(items, desc, disable=True if RANK else None, dynamic_ncols=True, **options)
+
+
+def autocast(args: Namespace) -> torch.autocast:
+    """bfloat16 where --bf16 says so; weights, log-probabilities and values stay float32."""
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=args.bf16)
 
 
 @contextmanager
@@ -929,31 +1386,16 @@ def atomic(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole file, or the old one: nothing in between."""
+def write_json(path: Path, *objects: dict, indent: int | None = None) -> None:
+    """The objects, each with a line break behind it; the whole file, or the old one."""
+    texts = [json.dumps(x, indent=indent, ensure_ascii=False) + "\n" for x in objects]
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """`content` for people and machines; what JSON does not know, such as a path, as text."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The lines that were written whole. (`splitlines` would also split inside of texts.)"""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def write_jsonl(path: Path, lines: Iterable[dict]) -> None:
-    """A JSON object a line, each with a newline behind it, which `read_jsonl` relies on."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        temporary.write_text("".join(texts), encoding="utf-8", newline="\n")
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints by their step, oldest first."""
-    names = re.compile(r"checkpoint-(-?\d+)")
-    found = {int(m[1]): path for path in folder.iterdir() if (m := names.fullmatch(path.name))}
+    found = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()}
     return dict(sorted(found.items()))
 
 
@@ -962,779 +1404,433 @@ def save_networks(run: Run, folder: Path) -> None:
     run.policy.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     if run.value_model:
-        (folder / "value_model").mkdir()
+        (folder / "value_model").mkdir(exist_ok=True)
         save_model(run.value_model, str(folder / "value_model" / "model.safetensors"))
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write checkpoint-<step>: both networks, the optimiser, and what was not logged yet.
-
-    Raises FloatingPointError instead where a loss, a gradient or a weight is not finite.
-    """
-    window = pool(run.window)
-    check_finite(run, window)
-    networks = [run.policy, run.value_model] if run.value_model else [run.policy]
-    if not all(p.isfinite().all() for network in networks for p in network.parameters()):
-        raise FloatingPointError(f"weights not finite after step {run.step}: they are not saved")
-    folder = run.args.output_dir / f"checkpoint-{run.step}"
-    if RANK > 0 or folder.exists():
-        return
-    with atomic(folder) as temporary:
-        save_networks(run, temporary)
-        optimizer = run.optimizer.state_dict() if run.optimizer else None
-        try:
-            torch.save({"optimizer": optimizer, "window": window}, temporary / "training_state.pt")
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"cannot write {folder}: {error}") from error
-    if run.args.save_total_limit:
-        for old in [*checkpoints(run.args.output_dir).values()][: -run.args.save_total_limit]:
+    """Write checkpoint-<step>: networks and optimiser, whole or not at all."""
+    folder, keep = Path(run.args.output_dir), run.args.save_total_limit or sys.maxsize
+    if RANK == 0:
+        with atomic(folder / f"checkpoint-{run.step}") as temporary:
+            save_networks(run, temporary)
+            try:
+                torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"cannot write {temporary}: {error}") from error
+        for old in list(checkpoints(folder).values())[:-keep]:
             half_deleted = old.rename(old.with_name(f".{old.name}.tmp"))  # is not complete
             shutil.rmtree(half_deleted)
-
-
-def make_optimizer(run: Run, sft: bool) -> Callable[[int], float]:
-    """Set run.optimizer; returns the schedule: a factor on the learning rates, by step, from 1."""
-    args, steps = run.args, run.args.sft_steps if sft else run.args.max_steps
-    policy = list(run.policy.parameters())
-    if sft:
-        groups = [{"params": policy, "lr": args.sft_learning_rate}]
-    else:
-        # 1/τ on the gradient, as in dro_v_loss, all but cancels in Adafactor and Adam, which divide
-        # by the gradient's own size. The paper may have meant the update: so --rescale_policy_lr.
-        policy_lr = args.learning_rate / (args.tau if args.rescale_policy_lr else 1)
-        known = set(policy)  # with a shared backbone, only the head is left to the value's group
-        value = [parameter for parameter in run.value_model.parameters() if parameter not in known]
-        groups = [{"params": policy, "lr": policy_lr}]
-        groups += [{"params": value, "lr": args.value_learning_rate}]
-    if args.optim == "adafactor":
-        # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is
-        # on the gradient's scale; torch's own would let the size of small gradients matter.
-        run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
-    else:
-        run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    # The + 1 and counting from 1: neither the first step nor the last has a learning rate of 0.
-    schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, steps + 1)
-    return transformers.get_scheduler(*schedule).lr_lambdas[0]
-
-
-def train(run: Run, last: int) -> Iterator[int]:
-    """The loop, from run.step to `last`: SFT up to step 0, DRO-V after it. Yields each step."""
-    args, side, sft = run.args, run.train_side, run.step < 0
-    begun = -args.sft_steps if sft else 0  # the step at which this optimiser's life began
-    schedule = make_optimizer(run, sft)
-    if run.step > begun:  # resumed
-        file = args.output_dir / f"checkpoint-{run.step}" / "training_state.pt"
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        run.optimizer.load_state_dict(state["optimizer"])
-        if RANK == 0:  # it holds what all processes had recorded
-            run.window.update((name, [values]) for name, values in state["window"].items())
-    groups = run.optimizer.param_groups
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    shared = args.share_policy_and_value_backbone  # networks are clipped each by itself
-    networks = [parameters] if shared else [group["params"] for group in groups]
-    steps = range(run.step + 1 - begun, last + 1 - begun)
-    stream = stream_rows(len(side.rewards), args.train_batch_size, steps, args.seed)
-    bar = progress(stream, "SFT" if sft else "DRO-V", total=last - begun, initial=run.step - begun)
-    for rows in bar:
-        started, window = time.perf_counter(), run.window
-        divisor = int(side.lengths[rows, 1].sum()) if sft else len(rows)
-        for micro in micro_batches(rows, side.lengths, args.micro_batch_tokens):
-            batch = run.batch(side, micro)
-            with run.autocast():
-                policy_logps = sequence_logps(run.policy, batch)
-                if sft:  # maximum likelihood: the mean over the batch's tokens
-                    row_loss = -policy_logps
-                    record = {"nll": row_loss, "completion_tokens": side.lengths[micro, 1]}
-                else:
-                    values = run.value_model(batch["input_ids"], batch["attention_mask"])
-                    ref_logps, rewards = batch["ref_logps"], batch["rewards"]
-                    losses = dro_v_loss(policy_logps, ref_logps, values, rewards, args.tau)
-                    policy_loss, value_loss, residual = losses
-                    row_loss = policy_loss + value_loss
-                    log_ratio = policy_logps - ref_logps
-                    record = {"residual": residual, "log_ratio": log_ratio, "reward": rewards}
-            # The divisor is the whole batch's: cutting the batch changes no gradient.
-            (row_loss.sum() / divisor).backward()
-            padded_tokens = batch["input_ids"].numel() + batch["labels"].numel()
-            record |= {"row": micro, "padded_tokens": padded_tokens}
-            for name, value in record.items():
-                window[name].append(value.detach() if isinstance(value, Tensor) else value)
-        sum_gradients(parameters)
-        for name, network in zip(("grad_norm", "value_grad_norm"), networks):
-            norm = torch.nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
-            if args.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
-            if RANK == 0:
-                window[name].append(norm)
-        for group in groups:
-            group["lr"] = group["initial_lr"] * schedule(run.step + 1 - begun)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        if RANK == 0:
-            window["tokens"].append(side.lengths[rows].sum())
-            window["seconds"].append(time.perf_counter() - started)
-
-        if run.step % args.logging_steps == 0 or run.step == last:
-            pooled = pool(window)
-            check_finite(run, pooled)
-            metrics = summarise(pooled, args.tau)
-            if run.policy.device.type == "cuda":
-                metrics["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-            metrics |= {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)}
-            log(run, metrics)
-            bar.set_postfix(loss=metrics.get("sft_loss", metrics.get("loss")))
-            window.clear()
-            if WORLD_SIZE > 1 and (stops := [*itertools.chain(*gather(stop_signals))]):
-                stop_signals[:] = stops
-                raise Stopped
-        if run.step % args.save_steps == 0 or run.step == last:
-            save_checkpoint(run)
-        yield run.step
-
-
-# ----------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def score(run: Run, side: Side, rows: np.ndarray, function: Callable, desc: str) -> Tensor:
-    """`function` (a batch of b rows → (b, …)) on `rows`, in length order. Returns (N, …).
-
-    Rows that are not among `rows` get NaN.
-    """
-    part = [(np.empty(0, dtype=np.int64), torch.empty(0))]
-    for micro in progress(micro_batches(rows, side.lengths, run.args.micro_batch_tokens), desc):
-        with run.autocast():
-            part.append((micro, function(run.batch(side, micro)).float().cpu()))
-    scored, numbers = zip(*itertools.chain.from_iterable(gather(part)))
-    numbers = torch.cat(numbers)
-    scores = numbers.new_full((len(side.rewards), *numbers.shape[1:]), torch.nan)
-    scores[np.concatenate(scored)] = numbers
-    return scores
-
-
-def fix_reference(run: Run) -> None:
-    """π_ref is the policy as it is now: score the triplets with it, once, and keep the numbers.
-
-    No copy of the policy is kept, and no step runs one. A resumed run finds the numbers on disk.
-    """
-    args, file = run.args, run.args.output_dir / "reference_logps.safetensors"
-    if gather(file.exists())[0]:
-        logps = load_file(file)
-    elif run.step > 0:
-        raise UserError(f"{file} is gone, and π_ref with it: start again in another --output_dir")
-    else:
-        save_checkpoint(run)  # checkpoint-0 is π_ref
-        total, size = len(run.train_side.rewards), args.train_batch_size
-        visited = np.arange(total)
-        if args.max_steps * size < total:  # score no row that is not going to be used
-            steps = stream_rows(total, size, range(1, args.max_steps + 1), args.seed)
-            visited = np.concatenate([visited[:0], *steps])
-        started = time.perf_counter()
-        log_prob = functools.partial(sequence_logps, run.policy)
-        logps = {"train": score(run, run.train_side, visited, log_prob, "π_ref on training rows")}
-        log(run, {"reference_seconds": time.perf_counter() - started})
-        if not args.overfit_one_batch:
-            held_out = np.arange(len(run.eval_side.rewards))
-            logps["eval"] = score(run, run.eval_side, held_out, log_prob, "π_ref on held-out rows")
-        if RANK == 0:
-            with atomic(file) as temporary:
-                save_file(logps, temporary)
-    run.train_side.ref_logps, run.eval_side.ref_logps = logps["train"], logps.get("eval")
-    torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
-    encoder = run.policy.get_encoder()
-    encoder = encoder if args.share_policy_and_value_backbone else copy.deepcopy(encoder)
-    run.value_model = ValueModel(encoder).to(run.policy.device)
-    if run.step > 0:  # resumed
-        folder = args.output_dir / f"checkpoint-{run.step}" / "value_model"
-        load_model(run.value_model, folder / "model.safetensors")
-
-
-def evaluate(run: Run) -> dict:
-    """Log the held-out metrics as eval_…; returns them, each fold's, and log π and V (N,)."""
-    side = run.eval_side
-
-    def both(batch: dict[str, Tensor]) -> Tensor:
-        values = run.value_model(batch["input_ids"], batch["attention_mask"])
-        return torch.stack([sequence_logps(run.policy, batch), values], dim=-1)
-
-    scores = score(run, side, np.arange(len(side.rewards)), both, "π and V on held-out rows")
-    policy_logps, values = scores.unbind(-1)
-    _, _, residual = dro_v_loss(policy_logps, side.ref_logps, values, side.rewards, run.args.tau)
-    log_ratio = policy_logps - side.ref_logps
-    numbers = {"residual": residual, "log_ratio": log_ratio, "reward": side.rewards}
-    metrics = {f"eval_{name}": value for name, value in summarise(numbers, run.args.tau).items()}
-    log(run, metrics)
-    row_folds = np.array([side.fold_of[prompt] for prompt in side.triplets["prompt"]])
-    of_fold = lambda fold: {name: values[row_folds == fold] for name, values in numbers.items()}
-    folds = {str(f): summarise(of_fold(f), run.args.tau) for f in np.unique(row_folds)}
-    return {"metrics": metrics, "folds": folds, "policy_logps": policy_logps, "values": values}
-
-
-@torch.no_grad()
-def generate(run: Run) -> None:
-    """Answer every held-out prompt and write generations-<step>.jsonl.
-
-    The samples of a batch are seeded by its prompts, at every step alike.
-    """
-    args, side = run.args, run.eval_side
-    row_of = {prompt: row for row, prompt in enumerate(side.triplets["prompt"])}  # any row will do
-    prompts = sorted(row_of, key=lambda prompt: -side.lengths[row_of[prompt], 0])
-    sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
-    if args.temperature > 0:  # top_k would be 50
-        sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    size, each = args.per_device_eval_batch_size, args.num_return_sequences
-    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    answers = {}
-    run.policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
-    for batch in progress(batches[RANK::WORLD_SIZE], "Answering"):
-        torch.manual_seed(int(sha256(args.seed, *batch)[:15], 16))
-        inputs = run.batch(side, np.array([row_of[prompt] for prompt in batch]))
-        inputs = {x: to_device(inputs[x], device()) for x in ("input_ids", "attention_mask")}
-        with run.autocast(), head_reads(run.policy, lambda states: states):
-            ids = run.policy.generate(**inputs, **sampling, num_return_sequences=each)
-        texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers |= {prompt: texts[i * each : (i + 1) * each] for i, prompt in enumerate(batch)}
-    run.policy.train()
-    answers = functools.reduce(dict.__or__, gather(answers))
-    prompts = [prompt for prompt in side.fold_of if prompt in answers]  # less --max_eval_samples
-    lines = [{"prompt": p, "fold": side.fold_of[p], "completions": answers[p]} for p in prompts]
-    if RANK == 0:
-        write_jsonl(args.output_dir / f"generations-{run.step}.jsonl", lines)
-
-
-# ----------------------------------------------------------------------------------------- dice
-
-# The data are fair rolls, so π_ref is, and Eq. 2 gives the optimum exactly: each die loaded by the
-# same amount, π*(k) ∝ exp(k / (s τ)), where s is the standard deviation that normalises rewards.
-
-
-def dice_optimum(prompt: str, mean: float, std: float, tau: float) -> tuple[np.ndarray, float]:
-    """Eq. 2 for dice: (π* of one die's faces, (sides,)), and V*(x) in normalised rewards."""
-    dice, sides = parse_dice(prompt)
-    # Counted from the highest face: exp() of a small τ would overflow.
-    weights = np.exp((np.arange(1, sides + 1) - sides) / (std * tau))
-    value = tau * dice * math.log(weights.mean()) + (dice * sides - mean) / std
-    return weights / weights.sum(), value
-
-
-def dice_report(run: Run, final: dict) -> dict:
-    """Print SFT, policy and optimum side by side; returns the same numbers."""
-    tau, side, folder = run.args.tau, run.eval_side, run.args.output_dir
-    statistics = run.manifest["reward_mean"], run.manifest["reward_std"]
-    sft = read_jsonl(folder / "generations-0.jsonl")
-    policy = read_jsonl(folder / f"generations-{run.step}.jsonl")
-    optimum = {line["prompt"]: dice_optimum(line["prompt"], *statistics, tau) for line in sft}
-    results = {"tau": tau}
-    for name, lines in (("sft", sft), ("policy", policy)):
-        rolls = [(line["prompt"], text) for line in lines for text in line["completions"]]
-        rewards = [reward for roll in rolls if (reward := dice_reward(*roll)) is not None]
-        mean = float(np.mean(rewards)) if rewards else math.nan
-        results[name] = {"reward": mean, "valid": len(rewards) / len(rolls)}
-    best, fair = [], []
-    for prompt, (pi, _) in optimum.items():
-        dice, sides = parse_dice(prompt)
-        best.append(dice * float(pi @ np.arange(1, sides + 1)))
-        fair.append(dice * (sides + 1) / 2)
-    for name, rewards in (("optimum", best), ("fair", fair)):
-        results[name] = {"reward": float(np.mean(rewards))}
-    value_of = dict(zip(side.triplets["prompt"], final["values"].tolist()))
-    errors = [value_of[prompt] - exact for prompt, (_, exact) in optimum.items()]
-    results["value_rmse"] = float(np.sqrt(np.mean(np.square(errors))))
-
-    # The picture: one die that was held out. Its rolls are rows, so their probabilities are known.
-    one_die = [prompt for prompt in optimum if parse_dice(prompt)[0] == 1]
-    shown = min(one_die, key=lambda prompt: abs(parse_dice(prompt)[1] - 6), default=None)
-    rolls = zip(side.triplets["prompt"], side.triplets["completion"])
-    row_of = {face: row for row, (prompt, face) in enumerate(rolls) if prompt == shown}
-    if row_of:
-        say(f"\n{shown!r}, never trained on: the probability of each face at τ = {tau:g}")
-    for face in sorted(row_of):
-        exact = optimum[shown][0][int(face) - 1]
-        before, after = (
-            x[row_of[face]].exp().item() for x in (side.ref_logps, final["policy_logps"])
-        )
-        for label, p in ((f"{face}  π_ref", before), ("   π_θ  ", after), ("   π*   ", exact)):
-            say(f"{label} {p:6.1%} {'█' * round(60 * p)}")
-    say(f"\nOn held-out prompts, {len(sft) * len(sft[0]['completions'])} rolls each:")
-    say(f"{'':<12}{'mean reward':>12}{'valid rolls':>13}")
-    labels = {"fair": "fair dice", "sft": "SFT, π_ref", "policy": "DRO-V, π_θ"}
-    for name, label in (labels | {"optimum": "optimum, π*"}).items():
-        valid = f"{results[name]['valid']:.1%}" if "valid" in results[name] else ""
-        say(f"{label:<12}{results[name]['reward']:>12.2f}{valid:>13}")
-    error = results["value_rmse"]
-    say(f"V(x) is off V*(x) by {error:.3f} (root mean square, in normalised rewards)")
-    return results
-
-
-# ----------------------------------------------------------------------------------- comparison
-
-# The paper's results are win rates: two policies answer the same held-out prompts, a judge sees the
-# answers without knowing whose they are, and the wins are averaged over the folds.
-
-JUDGE_PROMPT = """You are given an instruction and two responses to it. Decide which response is \
-more helpful and does better what the instruction asks for.
-
-Instruction:
-{prompt}
-
-Response A:
-{A}
-
-Response B:
-{B}
-
-Which response is better? Answer with A or B alone.
-Answer:"""
-VERDICT = '{"id": …, "winner": "A", "B" or "tie"}'
-
-
-def load_answers(policy: str) -> tuple[dict[tuple[int, str], list[str]], list[tuple[str, dict]]]:
-    """A policy's answers, by (fold, prompt), and (name, settings) of each run they come from.
-
-    `policy` is RUN or RUN@STEP, or several of them with commas, one for each fold. Raises UserError
-    if answers are missing, are given twice, or are to prompts that their run did not hold out.
-    """
-    answers, runs = {}, []
-    for name in policy.split(","):
-        path, step = name.rsplit("@", 1) if "@" in name else (name, None)
-        try:
-            args = json.loads((Path(path) / "args.json").read_text(encoding="utf-8"))["args"]
-            file = Path(path) / "prompt_split_manifest.json"
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            lines = read_jsonl(Path(path) / f"generations-{step or args['max_steps']}.jsonl")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{name} is no finished run or RUN@STEP: {error}") from None
-        names = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "temperature")
-        names += ("top_p", "max_new_tokens", "num_return_sequences", "max_prompt_length")
-        runs.append((name, {key: args[key] for key in names} | {"held_out": manifest["held_out"]}))
-        held_out = set().union(*manifest["held_out"].values())
-        for line in lines:
-            key = (line["fold"], line["prompt"])
-            if sha256(line["prompt"])[:16] not in held_out:
-                raise UserError(f"{name} answers a prompt it did not hold out: {key[1][:80]!r}")
-            if key in answers:
-                raise UserError(f"{policy}: fold {key[0]} is answered twice, again by {name}")
-            answers[key] = line["completions"]
-    return answers, runs
-
-
-def make_pairs(ours: dict, theirs: dict, seed: int) -> list[dict]:
-    """What a judge sees, {"id", "prompt", "A", "B"}, with "fold" and "ours": which of A, B is ours.
-
-    The order comes from a hash of the seed and the texts: swapping policies changes only "ours".
-    """
-    pairs = []
-    for (fold, prompt), completions in ours.items():
-        for i, mine in enumerate(completions):
-            a, b = sorted((mine, theirs[fold, prompt][i]))
-            digest = sha256(seed, prompt, i, a, b)
-            a, b = (a, b) if int(digest[-1], 16) % 2 else (b, a)
-            pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b}
-            pairs.append(pair | {"fold": fold, "ours": "A" if a == mine else "B"})
-    return pairs
-
-
-def judge_by_reward(pairs: list[dict]) -> np.ndarray:
-    """1 where A has the higher true reward, 0 where B has, ½ for a tie. Any roll beats no roll."""
-    rewards = np.array([[dice_reward(p["prompt"], p[x]) or -1 for x in "AB"] for p in pairs])
-    return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
-
-
-class ModelJudge:
-    """Any instruction-tuned model, encoder-decoder or decoder-only: does it say "A" or "B"?"""
-
-    def __init__(self, args: argparse.Namespace):
-        source, self.batch_size = args.judge_model_name_or_path, args.per_device_eval_batch_size
-        with loading(source):
-            self.config = AutoConfig.from_pretrained(source)
-            self.decoder_only = not self.config.is_encoder_decoder
-            kind = AutoModelForCausalLM if self.decoder_only else AutoModelForSeq2SeqLM
-            dtype = torch.bfloat16 if args.bf16 else torch.float32
-            self.model = kind.from_pretrained(source, dtype=dtype).to(device()).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.tokenizer.padding_side = "right"
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        # A letter's tokens, with a space before it and without.
-        self.letters = [sorted({encode(x)[-1], encode(f" {x}")[-1]}) for x in "AB"]
-        if set(self.letters[0]) & set(self.letters[1]):
-            raise UserError(f"{source} cannot judge: its tokenizer does not tell A from B")
-        longest = getattr(self.config, "max_position_embeddings", None) or 4096
-        longest = min(longest, self.tokenizer.model_max_length, 4096)
-        # Each of the three texts gets a third of what JUDGE_PROMPT leaves, less some for the seams.
-        self.part = math.inf  # uncut
-        empty = len(self.encode({"prompt": "", "A": "", "B": ""}))
-        self.part = (longest - empty - 8) // 3
-        if self.part < 1:
-            raise UserError(f"{source} cannot judge: it reads only {longest} tokens")
-
-    def encode(self, pair: dict) -> list[int]:
-        """The judge's input. Each of the three texts is cut to a third of the room, if need be."""
-        texts = {}
-        for name in ("prompt", "A", "B"):
-            ids = self.tokenizer.encode(pair[name], add_special_tokens=False)
-            cut = len(ids) > self.part
-            texts[name] = self.tokenizer.decode(ids[: self.part]) if cut else pair[name]
-        text = JUDGE_PROMPT.format(**texts)
-        if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(text)
-        chat = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids
-
-    @torch.no_grad()
-    def preference(self, inputs: list[list[int]]) -> Tensor:
-        """log p("A") − log p("B") as the next token of b inputs. Returns (b,)."""
-        batch = self.tokenizer.pad({"input_ids": inputs}, return_tensors="pt").to(device())
-        answer = batch["attention_mask"].sum(1) - 1  # where a decoder-only model's answer begins
-        if not self.decoder_only:
-            start = self.config.decoder_start_token_id
-            batch["decoder_input_ids"] = torch.full_like(batch["input_ids"][:, :1], start)
-            answer = torch.zeros_like(answer)
-        rows = torch.arange(len(inputs), device=answer.device)
-        with head_reads(self.model, lambda states: states[rows, answer]):
-            logits = self.model(**batch, use_cache=False).logits  # (b, vocabulary)
-        a, b = (logits[:, letters].logsumexp(-1) for letters in self.letters)
-        return (a - b).cpu()
-
-    def __call__(self, pairs: list[dict]) -> np.ndarray:
-        """1 where A is preferred, 0 where B is, ½ for a tie."""
-        inputs = [self.encode(pair) for pair in pairs]
-        order = np.argsort([-len(ids) for ids in inputs], kind="stable")
-        verdicts = np.zeros(len(pairs))
-        for first in progress(range(0, len(order), self.batch_size), "Judging"):
-            rows = order[first : first + self.batch_size]
-            preference = self.preference([inputs[row] for row in rows])
-            verdicts[rows] = (preference.sign().numpy() + 1) / 2
-        return verdicts
-
-
-def read_verdicts(file: Path, pairs: list[dict]) -> np.ndarray:
-    """1 where the file's `winner` is A, 0 where it is B, ½ for a tie, NaN where it says nothing."""
-    scores, known, unknown, repeated = {}, {pair["id"] for pair in pairs}, 0, 0
-    try:
-        lines = file.read_text(encoding="utf-8").strip("\n").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read --verdicts {file}: {error}") from None
-    for line_number, line in enumerate(lines, start=1):
-        try:
-            verdict = json.loads(line)
-            name, score = verdict["id"], {"A": 1.0, "B": 0.0, "tie": 0.5}[verdict["winner"]]
-            unknown, repeated = unknown + (name not in known), repeated + (name in scores)
-        except (ValueError, KeyError, TypeError):
-            message = f"{file}, line {line_number}: {line[:80]!r} is not {VERDICT}"
-            raise UserError(message) from None
-        scores.setdefault(name, score)
-    missing = len(known - set(scores))
-    say(f"{file}: {missing} of {len(known)} ids missing, {unknown} unknown, {repeated} repeated")
-    return np.array([scores.get(pair["id"], math.nan) for pair in pairs])
-
-
-def judge_pairs(pairs: list[dict], judge: Callable, both_orders: bool) -> np.ndarray:
-    """Our score in each pair: 1 for a win, 0 for a loss, ½ for a tie; NaN for no verdict."""
-    verdicts = judge(pairs)
-    if both_orders:  # a win only if it is one from either side
-        swapped = 1 - judge([pair | {"A": pair["B"], "B": pair["A"]} for pair in pairs])
-        verdicts = np.where(verdicts == swapped, verdicts, 0.5)
-    ours = np.array([pair["ours"] == "A" for pair in pairs])
-    same = np.array([pair["A"] == pair["B"] for pair in pairs])
-    return np.where(same, 0.5, np.where(ours, verdicts, 1 - verdicts))
-
-
-def win_rates(pairs: list[dict], scores: np.ndarray, seed: int, resamples: int = 10_000) -> dict:
-    """Win rate over each fold and all, their standard deviation, and a 95 % bootstrap interval.
-
-    A prompt counts once, with the mean of its pairs' scores. The overall rate is the folds' mean.
-    """
-    of_prompt = defaultdict(list)
-    for pair, score in zip(pairs, scores, strict=True):
-        if not math.isnan(score):
-            of_prompt[pair["fold"], pair["prompt"]].append(score)
-    of_fold = defaultdict(list)
-    for (fold, _), prompt_scores in sorted(of_prompt.items()):
-        of_fold[fold].append(np.mean(prompt_scores))
-    if not of_fold:
-        raise UserError("there is no verdict to count")
-    rng, folds, bootstrap = np.random.default_rng(seed), {}, []
-    for fold, prompt_scores in of_fold.items():
-        values, counts = np.unique(prompt_scores, return_counts=True)
-        total = counts.sum()
-        # Drawing prompts with replacement is drawing how often each distinct score comes up.
-        bootstrap.append(rng.multinomial(total, counts / total, size=resamples) @ values / total)
-        tally = {"wins": values > 0.5, "ties": values == 0.5, "losses": values < 0.5}
-        folds[str(fold)] = {"win_rate": float(values @ counts / total), "prompts": int(total)}
-        folds[str(fold)] |= {name: int(counts[which].sum()) for name, which in tally.items()}
-    rates = [fold["win_rate"] for fold in folds.values()]
-    spread = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
-    result = {"win_rate": float(np.mean(rates)), "std": spread}
-    result["interval"] = np.quantile(np.mean(bootstrap, axis=0), [0.025, 0.975]).tolist()
-    for name in ("prompts", "wins", "ties", "losses"):
-        result[name] = sum(fold[name] for fold in folds.values())
-    return result | {"folds": folds}
-
-
-def report_win_rates(ours: str, theirs: str, result: dict) -> None:
-    """Bars for the folds, and the line that the paper's table has."""
-    folds = result["folds"]
-    for fold, numbers in folds.items():
-        rate = numbers["win_rate"]
-        bar = "█" * round(40 * rate) + "░" * (40 - round(40 * rate))
-        tally = f"{numbers['wins']} wins, {numbers['ties']} ties, {numbers['losses']} losses"
-        say(f"fold {fold} {bar} {rate:6.1%}  {tally}")
-    low, high = result["interval"]
-    sizes = sorted({numbers["prompts"] for numbers in folds.values()})
-    what = f"{len(folds)} fold{'s' * (len(folds) > 1)} × {' or '.join(map(str, sizes))} prompts"
-    spread = f" ± {100 * result['std']:.1f} %" if result["std"] is not None else ""
-    interval = f"95 % CI {100 * low:.1f}–{100 * high:.1f} %"
-    say(f"{ours} vs {theirs}: {100 * result['win_rate']:.1f} %{spread} ({what}, {interval})")
-
-
-def compare(args: argparse.Namespace) -> dict | None:
-    """Judge one policy's answers against another's; prints, writes and returns the win rates.
-
-    Raises UserError if the two did not answer the same prompts in the same way.
-    """
-    (ours, our_runs), (theirs, their_runs) = map(load_answers, args.compare)
-    (first, settings), *others = our_runs + their_runs
-    for name, other in others:
-        for key in settings:
-            if settings[key] != other[key]:
-                values = "" if key == "held_out" else f": {settings[key]} and {other[key]}"
-                raise UserError(f"{first} and {name} do not compare: they differ in {key}{values}")
-    if ours.keys() != theirs.keys():
-        folds = [sorted({fold for fold, _ in answers}) for answers in (ours, theirs)]
-        numbers = f"{len(ours)} in folds {folds[0]} and {len(theirs)} in folds {folds[1]}"
-        raise UserError(f"the policies did not answer the same prompts: {numbers}")
-    pairs = make_pairs(ours, theirs, args.seed)
-    folder, judge = args.output_dir, args.judge
-    folder.mkdir(parents=True, exist_ok=True)
-    judge = judge or ("reward" if settings["dataset_name"] == "dice" else "file")
-    if judge == "reward":
-        if settings["dataset_name"] != "dice":
-            raise UserError("--judge reward needs a true reward, which only dice have")
-        judge = judge_by_reward
-    elif judge == "model":
-        judge = ModelJudge(args)
-    elif args.verdicts:
-        judge = functools.partial(read_verdicts, args.verdicts)
-    else:
-        seen = [{name: p[name] for name in ("id", "prompt", "A", "B")} for p in pairs]
-        write_jsonl(folder / "pairs.jsonl", seen)
-        key = [{"id": pair["id"], "policy_1_is": pair["ours"]} for pair in pairs]
-        write_jsonl(folder / "key.jsonl", key)
-        say(f"{len(pairs)} pairs to judge are in {folder / 'pairs.jsonl'}")
-        say(f"go on with --verdicts FILE, a line {VERDICT} for each")
-        return None
-    result = win_rates(pairs, judge_pairs(pairs, judge, args.judge_both_orders), args.seed)
-    report_win_rates(*args.compare, result)
-    write_json(folder / "win_rates.json", {"policies": args.compare, **result})
-    return result
-
-
-# ----------------------------------------------------------------------------------------- main
-
-# Any of these: a run, or a model, is here. All that may not outlive a run that is replaced.
-RUN_FILES = ("args.json", "config.json", "model.safetensors", "checkpoint-*")
-STALE_FILES = (*RUN_FILES, ".*.tmp", "value_model", "metrics.jsonl", "generations-*.jsonl")
-STALE_FILES += ("results.json", "win_rates.json", "reference_logps.safetensors")
-
-
-def as_saved(content: dict) -> dict:
-    """`content` as it comes back from a JSON file."""
-    return json.loads(json.dumps(content, default=str))
-
-
-def check_output_dir(args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from, if any. Raises UserError rather than mix two runs."""
-    folder = args.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write in --output_dir {folder}: {error.strerror}") from error
-    model = Path(args.model_name_or_path).resolve()
-    if model.exists() and folder.resolve() in (model, *model.parents):
-        raise UserError(f"--output_dir {folder} holds the model to start from: give another folder")
-    holds = {name for name in RUN_FILES if any(folder.glob(name))}
-    if args.resume and holds <= {"args.json"}:
-        say(f"{folder} holds no complete checkpoint: starting afresh")
-        return None
-    found = [*checkpoints(folder).values()]
-    if not args.overwrite_output_dir and holds and not (args.resume and found):
-        raise UserError(
-            f"{folder} holds a run or a model: --resume goes on from a checkpoint in it, "
-            "--overwrite_output_dir replaces it, another --output_dir leaves it alone"
-        )
-    if not args.resume:
-        return None
-    saved = json.loads((folder / "args.json").read_text(encoding="utf-8"))["args"]
-    given = as_saved(vars(args))
-    names = [name for name in given.keys() - FREE_ON_RESUME if given[name] != saved.get(name)]
-    if names:
-        changes = [f"{name} was {saved.get(name)} and is {given[name]}" for name in sorted(names)]
-        raise UserError(f"--resume needs the interrupted run's arguments: {', '.join(changes)}")
-    return found[-1]
-
-
-def start(args: argparse.Namespace) -> Run:
-    """Load everything, check everything, and only then touch what the output folder holds."""
-    checkpoint = check_output_dir(args)
-    if args.model_name_or_path == "dice":
-        torch.set_num_threads(1)  # so small a model is no faster with more
-    if RANK > 0:
-        gather(None)  # the first process fills the caches that the others read
-    policy, tokenizer = load_policy(args, checkpoint or args.model_name_or_path)
-    train_side, eval_side, manifest = load_sides(args, tokenizer)
-    if RANK == 0:
-        gather(None)
-    args.micro_batch_tokens = args.micro_batch_tokens or token_budget(args, policy.config)
-    if args.overfit_one_batch:
-        side, size = train_side, args.train_batch_size
-        rows = np.unique(next(stream_rows(len(side.rewards), size, [1], args.seed)))
-        train_side = Side(side.triplets.select(rows), side.rewards[rows], side.lengths[rows], {})
-    if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    # Left to itself, torch takes one attention kernel for π_ref and another, with gradients, for π:
-    # in bfloat16 they round differently, and log π/π_ref would show it (README, detail 16).
-    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU, too
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    policy.train().to(device())
-    run = Run(args, policy, tokenizer, train_side, eval_side, manifest, step=-args.sft_steps)
-    folder, manifest_file = args.output_dir, args.output_dir / "prompt_split_manifest.json"
-    if checkpoint:
-        run.step = max(checkpoints(folder))
-        if json.loads(manifest_file.read_text(encoding="utf-8")) != as_saved(manifest):
-            raise UserError(f"the data have changed since the interrupted run: see {manifest_file}")
-        say(f"going on from {checkpoint}")
-    if len(set(gather(run.step))) > 1:  # and after this meeting, the first process may write
-        raise UserError(f"the processes see different checkpoints: is {folder} shared by all?")
-    if RANK > 0:
-        return run
-    if checkpoint:  # this step's evaluation, and all that was logged after it, comes again
-        kept = lambda line: line["step"] < run.step + (0 if "eval_loss" in line else 1)
-        write_jsonl(folder / "metrics.jsonl", filter(kept, read_jsonl(folder / "metrics.jsonl")))
-        return run
-    for path in itertools.chain.from_iterable(folder.glob(name) for name in STALE_FILES):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(manifest_file, manifest)
-    write_jsonl(folder / "metrics.jsonl", [])
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
-    versions["python"] = sys.version
-    write_json(folder / "args.json", {"args": vars(args), "versions": versions})
-    return run
-
-
-def export(run: Run) -> None:
-    """Put the final networks where `from_pretrained(output_dir)` finds them."""
-    folder, temporary = run.args.output_dir, run.args.output_dir / ".final.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_networks(run, temporary)
-    shutil.rmtree(folder / "value_model", ignore_errors=True)
-    for path in temporary.iterdir():
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
-
-
-def reproduce(run: Run) -> None:
-    """SFT → π_ref → DRO-V, evaluated before, on the way and at the end → results."""
-    args, folder = run.args, run.args.output_dir
-    if run.step < 0:
-        for _ in train(run, 0):
-            pass
-    fix_reference(run)
-    # First the step at which this process takes over (0, or a checkpoint's), then each one trained.
-    for step in itertools.chain([run.step], train(run, args.max_steps)):
-        if not args.overfit_one_batch and (step % args.eval_steps == 0 or step == args.max_steps):
-            final = evaluate(run)
-        every_save = args.generate_every_save and step % args.save_steps == 0
-        if not args.overfit_one_batch and (step in (0, args.max_steps) or every_save):
-            generate(run)
-    if RANK > 0:
-        return
-    export(run)
-    if args.overfit_one_batch:
-        lines = [line for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
-        first, last = lines[0], lines[-1]
-        say(
-            f"one batch of {len(run.train_side.rewards)} triplets, {args.max_steps} steps: "
-            f"loss {first['loss']:.4g} at the start, {last['loss']:.4g} at the end; "
-            f"residual's standard deviation {last['residual_std']:.4g}"
-        )
-        return
-    results = {"step": run.step, "tau": args.tau, **final["metrics"], "folds": final["folds"]}
-    if args.dataset_name == "dice":
-        results |= dice_report(run, final)
-        args.compare = [str(folder), f"{folder}@0"]
-        results["win_rate_over_sft"] = compare(args)
-    write_json(folder / "results.json", results)
-    say(f"the policy, its results and its answers are in {folder}")
+    gather(None)  # nobody leaves before it is written
 
 
 def keep_freed_memory() -> None:
-    """On a CPU with glibc, let tensors reuse what others freed.
-
-    By default glibc returns blocks of over 32 MB, such as logits, to the system, which hands them
-    out again page by page and cleared.
-    """
-    with suppress(AttributeError, TypeError):  # elsewhere there is no such thing
+    """On a CPU with glibc, let tensors reuse what others freed: by default blocks of over 32 MB,
+    such as logits, go back to the system, which hands them out again page by page and cleared."""
+    with suppress(AttributeError, TypeError, OSError):  # elsewhere there is no such thing
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
 
 
+# ------------------------------------------------------------------------------------ arguments
+
+MODEL, DATASET = "google/flan-t5-large", "openbmb/UltraFeedback"
+PINNED_REVISIONS = {
+    MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
+    DATASET: "40b436560ca83a8dba36114c22ab3c66e43f6d5e",  # overall_scores of 10 corrected
+}
+# What --dice changes: a run of SFT in RUN/sft, then a run from it. The value learns ten times faster
+# than the policy: else the policy chases a wrong V, and mass leaks to what is no roll.
+DICE = {
+    "dataset_name": "dice", "model_name_or_path": "sft", "num_eval_prompts": 40, "max_steps": 300,
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear", "bf16": False,
+    "warmup_steps": 0, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
+    "logging_steps": 50, "save_steps": 300, "max_new_tokens": 8,
+}  # fmt: skip
+DICE_SFT = {
+    "loss": "sft", "value": "prompt", "model_name_or_path": "dice", "optim": "adafactor",
+    "learning_rate": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_grad_norm": None,
+    "max_steps": 600, "logging_steps": 100, "save_steps": 600, "overfit_one_batch": False,
+    "share_policy_and_value_backbone": False, "as_is": False,
+}  # fmt: skip
+
+
+def number(kind: type, minimum: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite int or float, ≥ `minimum`, or above it."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            value = kind(text)
+            if (minimum < value if above else minimum <= value) and math.isfinite(value):
+                return value
+        noun = "whole" if kind is int else "finite"
+        says = f"must be a {noun} number {'>' if above else '>='} {minimum}, not {text!r}"
+        raise argparse.ArgumentTypeError(says)
+
+    return parse
+
+
+def path(text: str) -> str:
+    """An argparse type: `~` is expanded, and what exists is named in full; a hub name stays."""
+    name = os.path.expanduser(text)
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
+    """The flags, and their defaults: the paper's T5-L run."""
+    parser = argparse.ArgumentParser("drov.py", None, __doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = functools.partial(require, False)  # one line instead of the usage text
+    count, size, rate = number(int, 0), number(int, 1), number(float, 0)
+    fold, defaults = lambda text: text if text == "all" else count(text), {}
+    switch, runs = {"action": "store_true"}, {"type": path, "nargs": "+", "metavar": "RUN"}
+
+    def add(flag: str, default: object, text: str, **options) -> None:
+        # Defaults are filled in later, so that it is known which flags were given.
+        shown = "" if default is None or default is False else f" (default: {default})"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text + shown, **options)
+        defaults[flag[2:]] = default
+
+    # fmt: off
+    group = parser.add_argument_group("run")
+    add("--dice", False, "the example with a known answer; other flags override what it sets", **switch)
+    add("--output_dir", None, "the run's folder, new or empty (default: runs/DATASET-SPLIT-TIME)", type=path)
+    add("--resume", None, "go on with a run that was interrupted", type=path, metavar="RUN")
+    add("--seed", 42, "seeds split, batches, value head and samples; dice, too", type=count)
+    add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
+    add("--overfit_steps", 300, "steps of --overfit_one_batch", type=size)
+    group = parser.add_argument_group("data")
+    add("--dataset_name", DATASET, "hub name, folder, or .jsonl, .json, .csv, .parquet file", type=path)
+    add("--dataset_revision", None, "hub commit (default: pinned for the default dataset)")
+    add("--dataset_split", "train", "split of a hub dataset")
+    add("--reward_key", "overall_score", "UltraFeedback's number that is r", choices=("overall_score", "fine-grained_score", *ASPECTS))
+    add("--split_mode", "prompt_seeded", "hold out one seeded set of prompts, or folds", choices=("prompt_seeded", "prompt_fold"))
+    add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=size)
+    add("--num_eval_folds", 5, "folds that prompt_fold cuts", type=size)
+    add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=size)
+    add("--eval_fold_index", 0, "the fold to hold out, from 0, or 'all' of them", type=fold)
+    add("--max_train_samples", None, "keep whole prompts of at most this many triplets (default: all)", type=size)
+    add("--max_eval_samples", None, "the same of the held-out ones, each fold its share", type=size)
+    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=size)
+    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning", type=size)
+    group = parser.add_argument_group("models")
+    add("--model_name_or_path", MODEL, "hub name or folder: π_ref, and where π starts", type=path)
+    add("--model_revision", None, "hub commit (default: pinned for the default model)")
+    add("--share_policy_and_value_backbone", False, "V reads the policy's own states; paper: worse", **switch)
+    add("--gradient_checkpointing", False, "recompute activations: slower, less memory", **switch)
+    add("--bf16", None, "bfloat16 autocast, weights stay float32 (default: where CUDA has it)", action=argparse.BooleanOptionalAction)
+    group = parser.add_argument_group("training")
+    add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
+    add("--value", "prompt", "V(x); one learnt number; the batch's mean: DRO-P", choices=("prompt", "constant", "batch"))
+    add("--tau", 1.0, "τ, the weight of the KL, in normalised rewards; KTO's β", type=number(float, 0, above=True))
+    add("--learning_rate", 1e-4, "the policy's learning rate", type=rate)
+    add("--value_learning_rate", 1e-4, "the value model's (if shared: its head's)", type=rate)
+    add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
+    add("--lr_scheduler_type", "constant_with_warmup", "learning rate over the steps", choices=("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"))
+    add("--warmup_steps", 150, "steps of linear warm-up", type=count)
+    add("--max_steps", 40000, "steps; 0 only evaluates and answers", type=count)
+    add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=number(float, 0, above=True))
+    add("--per_device_train_batch_size", 32, "triplets a step and process", type=size)
+    add("--gradient_accumulation_steps", 1, "multiplies the batch", type=size)
+    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 1024 on a CPU, a full batch on a GPU)", type=size)
+    group = parser.add_argument_group("evaluation, logs and checkpoints")
+    add("--logging_steps", 10, "steps between two log lines", type=size)
+    add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=size)
+    add("--save_total_limit", None, "checkpoints to keep, the newest (default: all)", type=size)
+    add("--max_new_tokens", 512, "tokens of an answer, at most", type=size)
+    add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=rate)
+    group = parser.add_argument_group("comparison of runs (instead of training)")
+    add("--compare", None, "one policy: a run, or several with a fold each", **runs)
+    add("--against", None, "the other one (default: each run's own start)", **runs)
+    add("--judge_model", None, "an instruction-tuned model that says A or B", type=path, metavar="NAME")
+    add("--verdicts", None, "JSON Lines with `id` and `winner`, of people or a hosted model", type=path, metavar="FILE")
+    # fmt: on
+    return parser, defaults
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Flags to Namespace. Raises UserError for a bad one, or for some that do not go together."""
+    parser, defaults = make_parser()
+    given = vars(parser.parse_args(argv))
+    if "resume" in given:
+        return resumed_args(given)
+    preset = DICE if given.get("dice") else {}
+    preset = preset | (DICE_SFT if preset and given.get("loss") == "sft" else {})
+    args = Namespace(**defaults | preset | given)
+    args.as_is = args.dice and given.keys() <= {"dice", "seed", "tau", "output_dir"}
+    args.model_revision = args.model_revision or PINNED_REVISIONS.get(args.model_name_or_path)
+    args.dataset_revision = args.dataset_revision or PINNED_REVISIONS.get(args.dataset_name)
+    name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if args.compare:
+        sides = [args.compare, args.against or ["start"]]
+        name = "compare-" + "-vs-".join("+".join(Path(run).name for run in runs) for runs in sides)
+    args.output_dir = args.output_dir or os.path.join("runs", name)
+    if args.bf16 is None:
+        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    # A step's rows depend on their number alone, however many processes share them.
+    args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.train_batch_size *= WORLD_SIZE
+    full = args.per_device_train_batch_size * (args.max_prompt_length + args.max_completion_length)
+    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 1024)
+    if args.overfit_one_batch:
+        args.max_steps = args.save_steps = args.overfit_steps
+        args.warmup_steps, args.logging_steps = 0, 1
+    judges, prompt_value = (
+        (args.judge_model, args.verdicts),
+        (args.loss, args.value) == ("dro_v", "prompt"),
+    )
+    require(
+        args.compare or not any((args.against, *judges)), "--against and judges go with --compare"
+    )
+    require(not all(judges), "--judge_model and --verdicts are two judges: give one")
+    require(args.loss == "dro_v" or args.value == "prompt", "--value goes with --loss dro_v")
+    says = "--share_policy_and_value_backbone goes with --loss dro_v --value prompt"
+    require(prompt_value or not args.share_policy_and_value_backbone, says)
+    says = "--loss kto and --value batch take the mean of a batch: one row is too few"
+    alone = args.loss != "kto" and args.value != "batch"
+    require(alone or args.train_batch_size > 1, says)
+    says = f"--save_steps {args.save_steps} is no multiple of --logging_steps {args.logging_steps}"
+    require(args.save_steps % args.logging_steps == 0, says)
+    return args
+
+
+def resumed_args(given: dict[str, Any]) -> Namespace:
+    """The arguments of the run in given["resume"]. What says how work is cut, or what is kept,
+    changes nothing that is learnt and may be given. Raises UserError for all else."""
+    folder, sizes = (
+        given.pop("resume"),
+        ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    )
+    with loading(f"--resume {folder}", "it is no run"):
+        args = Namespace(
+            **json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))["args"]
+        )
+    for name, value in given.items():
+        if value != (old := getattr(args, name)):
+            says = f"--{name} {value} (it was {old}) would make it another run: start one"
+            require(name in (*sizes, "micro_batch_tokens", "save_total_limit"), says)
+            say(f"going on with --{name} {value} (it was {old})")
+            setattr(args, name, value)
+    others = args.gradient_accumulation_steps * WORLD_SIZE
+    says = f"a step has {args.train_batch_size} rows: with {WORLD_SIZE} processes, give "
+    says += f"--per_device_train_batch_size {args.train_batch_size / others:g}"
+    require(args.per_device_train_batch_size * others == args.train_batch_size, says)
+    args.resume = args.output_dir = folder
+    return args
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def position_limit(model: PreTrainedModel) -> float:
+    """The most tokens a model has positions for; relative ones, such as T5's, have no end."""
+    names = ("max_position_embeddings", "n_positions")
+    limits = [getattr(model.config, name, None) or math.inf for name in names]
+    return math.inf if hasattr(model.config, "relative_attention_num_buckets") else min(limits)
+
+
+def start(args: Namespace, locks: ExitStack) -> Run:
+    """Load everything, check everything, and only then claim the folder. Raises UserError."""
+    folder, manifest_file = (
+        Path(args.output_dir),
+        Path(args.output_dir, "prompt_split_manifest.json"),
+    )
+    lock, found, saved = filelock.FileLock(folder / ".lock", blocking=False), {}, {}
+    if args.resume:
+        if RANK == 0:
+            with loading(folder, "a run that is alive works there"):
+                locks.enter_context(lock)
+        found = checkpoints(folder)
+        with suppress(FileNotFoundError):
+            saved = json.loads(manifest_file.read_text(encoding="utf-8"))
+    unused = args.resume or not folder.is_dir() or not any(folder.iterdir())
+    require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
+    newest, older = found.get(max(found, default=0)), [path.name for path in found.values()][:-1]
+    cure = f"remove it, and --resume goes on from {older[-1] if older else 'the beginning'}"
+    sft_first = args.dice and args.model_name_or_path == "sft" and not newest
+    source = newest or ("dice" if sft_first else args.model_name_or_path)
+    with loading(newest, cure, always=True) if newest else nullcontext():
+        policy, tokenizer = load_policy(
+            str(source), None if newest else args.model_revision, args.seed
+        )
+    seq2seq = policy.config.is_encoder_decoder
+    frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
+    limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
+    encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
+    padding = "right" if seq2seq else "left"
+    sides, fold_of, manifest = load_sides(args, encoding, padding)
+    manifest = json.loads(json.dumps(manifest | {"frame": frame}))
+    changed = [name for name in saved if saved[name] != manifest[name]]
+    require(not changed, f"the data have changed since this run began: {', '.join(changed)}")
+    if args.overfit_one_batch:
+        table, size, fold_of = sides["train"].table, len(sides["train"].rewards), {}
+        rows = np.unique(step_rows(1, size, args.train_batch_size, args.seed))
+        part = (x[rows] for x in (sides["train"].rewards, sides["train"].lengths))
+        sides = {"train": Side(table.select(rows), *part, padding, np.arange(len(rows)))}
+    if args.loss == "kto":
+        sides["mismatched"] = mismatched(sides["train"])
+    rolls = []
+    if args.dataset_name == "dice" and args.loss != "sft":
+        rolls = [{"prompt": p, "completion": roll} for p in fold_of for roll in all_rolls(p)]
+    if rolls:
+        table = datasets.Dataset.from_list(rolls)
+        sides["rolls"] = make_side(table, np.zeros(len(rolls)), encoding, padding)
+    lengths = np.concatenate([side.lengths for side in sides.values()])
+    (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
+    needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy)
+    flags = "--max_prompt_length, --max_completion_length or --max_new_tokens"
+    require(needed <= limit, f"{needed} tokens, but the model has {limit} positions: lower {flags}")
+    if args.warmup_steps > args.max_steps > 0:
+        say(f"the {args.warmup_steps} steps of warm-up are longer than the run")
+    if RANK == 0:
+        if not args.resume:
+            with loading(folder, "it cannot be written to, or another run has just taken it"):
+                folder.mkdir(parents=True, exist_ok=True)
+                versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
+                content = {"args": vars(args), "versions": versions | {"python": sys.version}}
+                with open(folder / "args.json", "x", encoding="utf-8") as file:
+                    file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            locks.enter_context(lock)
+        write_json(manifest_file, manifest, indent=2)
+        log_file, lines = folder / "metrics.jsonl", []
+        with suppress(FileNotFoundError):  # the last line may be half a one
+            lines = log_file.read_text(encoding="utf-8").split("\n")[:-1]
+        known = lambda x: x["step"] <= max(found) if found else "reference_seconds" in x
+        write_json(log_file, *filter(known, map(json.loads, lines)))
+    gather(None)  # the folder is there for all
+    if sft_first:
+        sft = Namespace(**vars(args) | DICE_SFT | {"output_dir": str(folder / "sft")})
+        sft.resume = sft.output_dir if (folder / "sft" / "args.json").exists() else None
+        if not (folder / "sft" / "results.json").exists():
+            say("\nSFT, which is to be π_ref, learns to roll fair dice")
+            reproduce(start(sft, locks))
+            say("\nand from there:")
+        policy, tokenizer = load_policy(sft.output_dir)
+    run = Run(args, policy.train().to(DEVICE), tokenizer, frame, sides, fold_of, manifest)
+    prepare(run)
+    if newest:
+        run.step = max(found)
+        with loading(newest, cure, always=True):
+            if run.value_model:
+                load_model(run.value_model, newest / "value_model" / "model.safetensors")
+            state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
+            run.optimizer.load_state_dict(state)
+        say(f"going on from {newest}")
+    return run
+
+
+def prepare(run: Run) -> None:
+    """Give a run its V and its optimiser."""
+    args, policy = run.args, run.policy
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
+    if args.loss == "dro_v" and args.value != "batch":
+        body = policy if args.value == "prompt" else None
+        run.value_model = ValueModel(body, args.share_policy_and_value_backbone).to(DEVICE)
+    groups, known = [{"params": list(policy.parameters()), "lr": args.learning_rate}], set()
+    if run.value_model:
+        known.update(policy.parameters())  # a shared body is trained once, with the policy
+        value = [parameter for parameter in run.value_model.parameters() if parameter not in known]
+        groups.append({"params": value, "lr": args.value_learning_rate})
+    if args.optim == "adamw":
+        run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    else:
+        # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is
+        # on the gradient's scale; torch's own would let the size of small gradients matter.
+        run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+
+
+def reproduce(run: Run) -> None:
+    """π_ref → evaluation → training → answers → results.json, which makes a run a finished one."""
+    args, folder, answered = run.args, Path(run.args.output_dir), not run.args.overfit_one_batch
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, request_stop)
+    if args.loss != "sft":
+        fix_reference(run)
+    if run.step == 0:
+        check_alike(run)
+        if answered:
+            evaluate(run)
+            generate(run)
+    train(run)
+    if answered and args.max_steps > 0:
+        generate(run)
+    results = {"step": run.step} | (dice_report(run) if "rolls" in run.sides else {})
+    if RANK == 0:
+        save_networks(run, folder)
+        lines = [line for _, line in read_jsonl(f"{folder}/metrics.jsonl")]
+        if answered:
+            results |= [line for line in lines if "eval_loss" in line][-1]
+            ended = [x["finished"] for _, x in read_jsonl(f"{folder}/generations-{run.step}.jsonl")]
+            results["finished"] = float(np.mean(ended))
+            say(f"{results['finished']:.1%} of {len(ended)} answers ended by themselves")
+        else:
+            losses = [line["loss"] for line in lines if "loss" in line]
+            results |= {"first_loss": losses[0], "last_loss": losses[-1]}
+            say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
+        write_json(folder / "results.json", results, indent=2)
+        say(f"the policy, its results and its answers are in {folder}")
+    share = results.get("gain_share", 1.0)
+    if args.as_is and share < 0.98:
+        raise RunError(f"this example should reach 98 % of the optimum's rise, and has {share:.1%}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The whole program; `argv` as on the command line.
 
-    Exits with code 2 on what the user can put right, 1 on what the machine or the numbers did
-    wrong, 128 + signal when stopped; always with one line that says how to go on.
+    Exits with 2 on what the user can put right, 1 on what the machine or the numbers did wrong,
+    128 + signal when stopped; always with one line that says how to go on.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no π shows a question mark
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
-    if RANK > 0 or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     keep_freed_memory()
-    meet_processes()
-    args, run, handlers = parse_args(argv), None, {}
-    flags = sys.argv[1:] if argv is None else argv
-    flags = [flag for flag in flags if flag not in ("--resume", "--overwrite_output_dir")]
-    flags += [] if args.compare else ["--resume"]
-    program = "python" if WORLD_SIZE == 1 else "torchrun …"
-    go_on = f"go on with: {program} drov.py {shlex.join(flags)}"
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays float32
+    # Left to itself, torch takes one attention kernel for π_ref and another, with gradients, for π:
+    # in bfloat16 they round differently, and log π/π_ref would show it.
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     stop_signals.clear()
+    code, go_on = 0, "start again"
     try:
-        if args.compare:
-            if RANK == 0:
-                compare(args)
-            return
-        run = start(args)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            handlers[signum] = signal.signal(signum, request_stop)
-        try:
-            reproduce(run)
-        except Stopped:
-            save_checkpoint(run)
-            gather(None)  # the others may not leave before the first has written
-            fail(f"stopped at step {run.step}, with a checkpoint; {go_on}", 128 + stop_signals[0])
+        with ExitStack() as locks:
+            meet_processes()
+            args = parse_args(argv)
+            args.output_dir = gather(args.output_dir)[0]  # a name may hold the time
+            if args.compare:
+                compare(args) if RANK == 0 else None
+            elif args.resume and Path(args.resume, "results.json").exists():
+                say(f"{args.resume} is finished: see its results.json")
+            else:
+                go_on = f"go on with --resume {args.output_dir}"
+                if args.dice:
+                    torch.set_num_threads(1)  # so small a model is no faster with more
+                reproduce(start(args, locks))
     except UserError as error:
-        fail(error, alone=error.__cause__ is not None)  # with a cause, it may be this process's
+        code, says = 2, error
+    except RunError as error:
+        code, says = 1, f"{error}; every checkpoint is kept"
+    except Stopped as error:
+        code, says = 128 + stop_signals[0], f"{error}; {go_on}"
     except KeyboardInterrupt:
-        fail(f"stopped at once; {go_on}", 128 + signal.SIGINT, alone=True)
-    except FloatingPointError as error:
-        fail(error, 1)
-    except torch.OutOfMemoryError:
-        budgets = {"--per_device_eval_batch_size": args.per_device_eval_batch_size}
-        if not args.compare:
-            budgets["--micro_batch_tokens"] = args.micro_batch_tokens
-        tries = " and ".join(f"{flag} {size // 2} (was {size})" for flag, size in budgets.items())
-        fail(f"out of GPU memory: try {tries}; what was complete is kept; {go_on}", 1, alone=True)
-    except (OSError, SafetensorError) as error:  # a full disk, most likely
-        fail(f"{error}. What was complete is kept; {go_on}", 1, alone=True)
+        code, says = 128 + [*stop_signals, signal.SIGINT][0], f"stopped at once; {go_on}"
+    except (torch.OutOfMemoryError, MemoryError, OSError, SafetensorError) as error:
+        code, says = 1, f"{error or 'out of memory'}; what was complete is kept; {go_on}"
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    if WORLD_SIZE > 1:
+    if code and (RANK == 0 or code == 1):  # what all find, one says; what may have struck one, that
+        print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
+    if dist.is_initialized() and not code:
         dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
