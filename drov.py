@@ -295,7 +295,7 @@ def read_rows(args: Namespace) -> Iterator[dict]:
                         raise csv.Error("more or fewer fields than in the header")
                     yield row
             except csv.Error as error:
-                raise UserError(f"{name}, line {reader.line_num}: {error}") from error
+                raise UserError(f"{name}, line {reader.reader.line_num}: {error}") from error
         elif ending == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(name).iter_batches(1000):
                 yield from batch.to_pylist()
@@ -1149,14 +1149,14 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     require(letters[0] != letters[1], f"{name} cannot judge: its tokenizer tells no A from B")
     orders = [(pair, pair | {"A": pair["B"], "B": pair["A"]}) for pair in pairs]
     texts = [JUDGE_PROMPT.format_map(pair) for pair in itertools.chain.from_iterable(orders)]
-    x, _ = encode(texts, [], tokenizer, frame, sys.maxsize, sys.maxsize)
+    x, _ = encode(texts, ["A"] * len(texts), tokenizer, frame, sys.maxsize, sys.maxsize)
     rows = {"input_ids": [ids for ids in x for _ in letters], "labels": letters * len(x)}
     lengths = np.array([[len(ids), len(letters[0])] for ids in rows["input_ids"]])
     table, pad = datasets.Dataset.from_dict(rows), "right" if seq2seq else "left"
     run = Run(args, model, tokenizer, frame)
     fits = (lengths if seq2seq else lengths.sum(1, keepdims=True)).max(1) <= position_limit(model)
     fits = fits.reshape(-1, 4).all(1)
-    side = Side(table, torch.zeros(len(lengths)), lengths, pad)
+    side = Side(table, torch.zeros(len(lengths)), lengths, pad, np.arange(len(lengths)))
     logps, _ = score(run, side, "Judging", np.flatnonzero(fits.repeat(4)))
     logps = logps.double().numpy().reshape(-1, 2, 2)  # pair, order, letter
     mass = np.exp(logps[fits]).sum(-1).mean() if fits.any() else math.nan
@@ -1827,11 +1827,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             signal.signal(signum, handler)
     if code and (RANK == 0 or code == 1):  # what all find, one says; what may have struck one, that
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
     if code:
         sys.exit(code)
 
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
