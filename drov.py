@@ -55,7 +55,7 @@ import time
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -1316,13 +1316,11 @@ def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
 # rows; each works on its share of them (`in_pieces`), and they meet where a gradient, a number to
 # log, a score or an answer belongs to all. Alone, a process does nothing here.
 
-LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHED = {name: os.environ.get(name, "") for name in LAUNCHED}
-SEVERAL = LAUNCHED["WORLD_SIZE"] not in ("", "1")
-WORLD_SIZE, RANK, LOCAL_RANK = (
-    int(LAUNCHED[name]) if SEVERAL and LAUNCHED[name].isdecimal() else default
-    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-)
+NAMED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCH = {name: os.environ.get(name, "") for name in NAMED}
+SEVERAL = LAUNCH["WORLD_SIZE"] not in ("", "1")
+read = lambda name, alone: int(LAUNCH[name]) if SEVERAL and LAUNCH[name].isdecimal() else alone
+WORLD_SIZE, RANK, LOCAL_RANK = read("WORLD_SIZE", 1), read("RANK", 0), read("LOCAL_RANK", 0)
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
@@ -1330,16 +1328,18 @@ def meet_processes() -> None:
     """Connect this process to the others, if a launcher has started several."""
     if not SEVERAL or dist.is_initialized():
         return
-    wrong = [k for k, text in LAUNCHED.items() if not (text if "ADDR" in k else text.isdecimal())]
-    cure = "start several processes with torchrun, or unset WORLD_SIZE"
-    require(not wrong, f"WORLD_SIZE is {LAUNCHED['WORLD_SIZE']!r} without a usable {wrong}: {cure}")
-    gpus = torch.cuda.device_count()
-    require(LOCAL_RANK < max(gpus, 1) or not gpus, f"there are {gpus} GPUs: lower --nproc_per_node")
+    wrong = [name for name, x in LAUNCH.items() if not (x if "ADDR" in name else x.isdecimal())]
+    cure, gpus = (
+        "start several processes with torchrun, or unset WORLD_SIZE",
+        torch.cuda.device_count(),
+    )
+    require(not wrong, f"WORLD_SIZE is {LAUNCH['WORLD_SIZE']!r} without a usable {wrong}: {cure}")
+    require(LOCAL_RANK < gpus or not gpus, f"there are {gpus} GPUs: lower --nproc_per_node")
     waits = "process {RANK} waits at {MASTER_ADDR}:{MASTER_PORT} for all {WORLD_SIZE}"
-    print(waits.format(**LAUNCHED), file=sys.stderr)
-    if gpus:
-        torch.cuda.set_device(DEVICE)
+    print(waits.format(**LAUNCH), file=sys.stderr)
     with loading("the other processes", cure):
+        if gpus:
+            torch.cuda.set_device(DEVICE)
         timeout = timedelta(hours=2)  # downloads take their time
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout)
 
@@ -1414,6 +1414,7 @@ def save_checkpoint(run: Run) -> None:
     if RANK == 0:
         with atomic(folder / f"checkpoint-{run.step}") as temporary:
             save_networks(run, temporary)
+            shutil.copy(folder / "metrics.jsonl", temporary)
             try:
                 torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
             except RuntimeError as error:  # what torch makes of a full disk
@@ -1436,7 +1437,7 @@ def keep_freed_memory() -> None:
 # ------------------------------------------------------------------------------------ arguments
 
 MODEL, DATASET = "google/flan-t5-large", "openbmb/UltraFeedback"
-PINNED_REVISIONS = {
+PINNED = {
     MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
     DATASET: "40b436560ca83a8dba36114c22ab3c66e43f6d5e",  # overall_scores of 10 corrected
 }
@@ -1456,34 +1457,12 @@ DICE_SFT = {
 }  # fmt: skip
 
 
-def number(kind: type, minimum: float, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite int or float, ≥ `minimum`, or above it."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if (minimum < value if above else minimum <= value) and math.isfinite(value):
-                return value
-        noun = "whole" if kind is int else "finite"
-        says = f"must be a {noun} number {'>' if above else '>='} {minimum}, not {text!r}"
-        raise argparse.ArgumentTypeError(says)
-
-    return parse
-
-
-def path(text: str) -> str:
-    """An argparse type: `~` is expanded, and what exists is named in full; a hub name stays."""
-    name = os.path.expanduser(text)
-    return os.path.abspath(name) if os.path.exists(name) else name
-
-
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     """The flags, and their defaults: the paper's T5-L run."""
     parser = argparse.ArgumentParser("drov.py", None, __doc__.split("\n")[0], allow_abbrev=False)
     parser.error = functools.partial(require, False)  # one line instead of the usage text
-    count, size, rate = number(int, 0), number(int, 1), number(float, 0)
-    fold, defaults = lambda text: text if text == "all" else count(text), {}
-    switch, runs = {"action": "store_true"}, {"type": path, "nargs": "+", "metavar": "RUN"}
+    path, defaults, switch = os.path.expanduser, {}, {"action": "store_true"}
+    runs = {"type": path, "nargs": "+", "metavar": "RUN"}
 
     def add(flag: str, default: object, text: str, **options) -> None:
         # Defaults are filled in later, so that it is known which flags were given.
@@ -1496,23 +1475,23 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     add("--dice", False, "the example with a known answer; other flags override what it sets", **switch)
     add("--output_dir", None, "the run's folder, new or empty (default: runs/DATASET-SPLIT-TIME)", type=path)
     add("--resume", None, "go on with a run that was interrupted", type=path, metavar="RUN")
-    add("--seed", 42, "seeds split, batches, value head and samples; dice, too", type=count)
+    add("--seed", 42, "seeds split, batches, value head and samples; dice, too", type=int)
     add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
-    add("--overfit_steps", 300, "steps of --overfit_one_batch", type=size)
+    add("--overfit_steps", 300, "steps of --overfit_one_batch", type=int)
     group = parser.add_argument_group("data")
     add("--dataset_name", DATASET, "hub name, folder, or .jsonl, .json, .csv, .parquet file", type=path)
     add("--dataset_revision", None, "hub commit (default: pinned for the default dataset)")
     add("--dataset_split", "train", "split of a hub dataset")
     add("--reward_key", "overall_score", "UltraFeedback's number that is r", choices=("overall_score", "fine-grained_score", *ASPECTS))
     add("--split_mode", "prompt_seeded", "hold out one seeded set of prompts, or folds", choices=("prompt_seeded", "prompt_fold"))
-    add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=size)
-    add("--num_eval_folds", 5, "folds that prompt_fold cuts", type=size)
-    add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=size)
-    add("--eval_fold_index", 0, "the fold to hold out, from 0, or 'all' of them", type=fold)
-    add("--max_train_samples", None, "keep whole prompts of at most this many triplets (default: all)", type=size)
-    add("--max_eval_samples", None, "the same of the held-out ones, each fold its share", type=size)
-    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=size)
-    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning", type=size)
+    add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=int)
+    add("--num_eval_folds", 5, "folds that prompt_fold cuts", type=int)
+    add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=int)
+    add("--eval_fold_index", 0, "the fold to hold out, from 0, or 'all' of them", type=lambda x: x if x == "all" else int(x))
+    add("--max_train_samples", None, "keep whole prompts of at most this many triplets (default: all)", type=int)
+    add("--max_eval_samples", None, "the same of the held-out ones, each fold its share", type=int)
+    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=int)
+    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning", type=int)
     group = parser.add_argument_group("models")
     add("--model_name_or_path", MODEL, "hub name or folder: π_ref, and where π starts", type=path)
     add("--model_revision", None, "hub commit (default: pinned for the default model)")
@@ -1522,23 +1501,23 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     group = parser.add_argument_group("training")
     add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
     add("--value", "prompt", "V(x); one learnt number; the batch's mean: DRO-P", choices=("prompt", "constant", "batch"))
-    add("--tau", 1.0, "τ, the weight of the KL, in normalised rewards; KTO's β", type=number(float, 0, above=True))
-    add("--learning_rate", 1e-4, "the policy's learning rate", type=rate)
-    add("--value_learning_rate", 1e-4, "the value model's (if shared: its head's)", type=rate)
+    add("--tau", 1.0, "τ, the weight of the KL, in normalised rewards; KTO's β", type=float)
+    add("--learning_rate", 1e-4, "the policy's learning rate", type=float)
+    add("--value_learning_rate", 1e-4, "the value model's (if shared: its head's)", type=float)
     add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
     add("--lr_scheduler_type", "constant_with_warmup", "learning rate over the steps", choices=("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"))
-    add("--warmup_steps", 150, "steps of linear warm-up", type=count)
-    add("--max_steps", 40000, "steps; 0 only evaluates and answers", type=count)
-    add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=number(float, 0, above=True))
-    add("--per_device_train_batch_size", 32, "triplets a step and process", type=size)
-    add("--gradient_accumulation_steps", 1, "multiplies the batch", type=size)
-    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 1024 on a CPU, a full batch on a GPU)", type=size)
+    add("--warmup_steps", 150, "steps of linear warm-up", type=int)
+    add("--max_steps", 40000, "steps; 0 only evaluates and answers", type=int)
+    add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=float)
+    add("--per_device_train_batch_size", 32, "triplets a step and process", type=int)
+    add("--gradient_accumulation_steps", 1, "multiplies the batch", type=int)
+    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 1024 on a CPU, a full batch on a GPU)", type=int)
     group = parser.add_argument_group("evaluation, logs and checkpoints")
-    add("--logging_steps", 10, "steps between two log lines", type=size)
-    add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=size)
-    add("--save_total_limit", None, "checkpoints to keep, the newest (default: all)", type=size)
-    add("--max_new_tokens", 512, "tokens of an answer, at most", type=size)
-    add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=rate)
+    add("--logging_steps", 10, "steps between two log lines", type=int)
+    add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=int)
+    add("--save_total_limit", None, "checkpoints to keep, the newest (default: all)", type=int)
+    add("--max_new_tokens", 512, "tokens of an answer, at most", type=int)
+    add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=float)
     group = parser.add_argument_group("comparison of runs (instead of training)")
     add("--compare", None, "one policy: a run, or several with a fold each", **runs)
     add("--against", None, "the other one (default: each run's own start)", **runs)
@@ -1552,55 +1531,58 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Flags to Namespace. Raises UserError for a bad one, or for some that do not go together."""
     parser, defaults = make_parser()
     given = vars(parser.parse_args(argv))
+    for name, x in given.items():
+        may_be_0 = name in ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
+        may_be_0 |= name.endswith("learning_rate")
+        right = type(x) not in (int, float) or math.isfinite(x) and (x > 0 or may_be_0 and x == 0)
+        require(right, f"--{name} must be a finite number {'>=' if may_be_0 else '>'} 0, not {x}")
     if "resume" in given:
         return resumed_args(given)
-    preset = DICE if given.get("dice") else {}
-    preset = preset | (DICE_SFT if preset and given.get("loss") == "sft" else {})
+    preset = DICE | (DICE_SFT if given.get("loss") == "sft" else {}) if given.get("dice") else {}
     args = Namespace(**defaults | preset | given)
     args.as_is = args.dice and given.keys() <= {"dice", "seed", "tau", "output_dir"}
-    args.model_revision = args.model_revision or PINNED_REVISIONS.get(args.model_name_or_path)
-    args.dataset_revision = args.dataset_revision or PINNED_REVISIONS.get(args.dataset_name)
+    args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
+    args.dataset_revision = args.dataset_revision or PINNED.get(args.dataset_name)
     name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if args.compare:
-        sides = [args.compare, args.against or ["start"]]
-        name = "compare-" + "-vs-".join("+".join(Path(run).name for run in runs) for runs in sides)
+    sides = [
+        "+".join(Path(run).name for run in side or ["start"])
+        for side in (args.compare, args.against)
+    ]
+    name = f"compare-{sides[0]}-vs-{sides[1]}" if args.compare else name
     args.output_dir = args.output_dir or os.path.join("runs", name)
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    # A step's rows depend on their number alone, however many processes share them.
-    args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.train_batch_size *= WORLD_SIZE
-    full = args.per_device_train_batch_size * (args.max_prompt_length + args.max_completion_length)
-    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 1024)
     if args.overfit_one_batch:
         args.max_steps = args.save_steps = args.overfit_steps
         args.warmup_steps, args.logging_steps = 0, 1
-    judges, prompt_value = (
-        (args.judge_model, args.verdicts),
-        (args.loss, args.value) == ("dro_v", "prompt"),
+    # A step's rows depend on their number alone, however many processes share them.
+    size, row = (
+        args.per_device_train_batch_size,
+        args.max_prompt_length + args.max_completion_length,
     )
-    require(
-        args.compare or not any((args.against, *judges)), "--against and judges go with --compare"
+    args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
+    args.micro_batch_tokens = args.micro_batch_tokens or (
+        1024 if DEVICE.type == "cpu" else size * row
     )
+    V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
+    alone = not any((args.against, *judges))
+    require(args.compare or alone, "--against, --judge_model and --verdicts go with --compare")
     require(not all(judges), "--judge_model and --verdicts are two judges: give one")
-    require(args.loss == "dro_v" or args.value == "prompt", "--value goes with --loss dro_v")
-    says = "--share_policy_and_value_backbone goes with --loss dro_v --value prompt"
-    require(prompt_value or not args.share_policy_and_value_backbone, says)
-    says = "--loss kto and --value batch take the mean of a batch: one row is too few"
-    alone = args.loss != "kto" and args.value != "batch"
-    require(alone or args.train_batch_size > 1, says)
-    says = f"--save_steps {args.save_steps} is no multiple of --logging_steps {args.logging_steps}"
-    require(args.save_steps % args.logging_steps == 0, says)
+    require(V or args.value == "prompt", f"--value {args.value} goes with --loss dro_v")
+    shared = args.share_policy_and_value_backbone
+    require(V == "prompt" or not shared, "a shared backbone goes with --loss dro_v --value prompt")
+    several = args.train_batch_size > 1 or not (args.loss == "kto" or V == "batch")
+    require(several, "--loss kto and --value batch take a batch's mean: one row is too few")
+    save, log = args.save_steps, args.logging_steps
+    require(save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}")
     return args
 
 
 def resumed_args(given: dict[str, Any]) -> Namespace:
     """The arguments of the run in given["resume"]. What says how work is cut, or what is kept,
     changes nothing that is learnt and may be given. Raises UserError for all else."""
-    folder, sizes = (
-        given.pop("resume"),
-        ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    )
+    folder, free = given.pop("resume"), ("micro_batch_tokens", "save_total_limit")
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     with loading(f"--resume {folder}", "it is no run"):
         args = Namespace(
             **json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))["args"]
@@ -1608,13 +1590,15 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
     for name, value in given.items():
         if value != (old := getattr(args, name)):
             says = f"--{name} {value} (it was {old}) would make it another run: start one"
-            require(name in (*sizes, "micro_batch_tokens", "save_total_limit"), says)
+            require(name in free + sizes, says)
             say(f"going on with --{name} {value} (it was {old})")
             setattr(args, name, value)
     others = args.gradient_accumulation_steps * WORLD_SIZE
-    says = f"a step has {args.train_batch_size} rows: with {WORLD_SIZE} processes, give "
-    says += f"--per_device_train_batch_size {args.train_batch_size / others:g}"
-    require(args.per_device_train_batch_size * others == args.train_batch_size, says)
+    says = (
+        f"a step has {args.train_batch_size} rows: with {WORLD_SIZE} processes, give --{sizes[0]} "
+    )
+    fits = args.per_device_train_batch_size * others == args.train_batch_size
+    require(fits, f"{says}{args.train_batch_size / others:g}")
     args.resume = args.output_dir = folder
     return args
 
@@ -1637,41 +1621,44 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     )
     lock, found, saved = filelock.FileLock(folder / ".lock", blocking=False), {}, {}
     if args.resume:
-        if RANK == 0:
-            with loading(folder, "a run that is alive works there"):
-                locks.enter_context(lock)
+        with loading(folder, "a run that is alive works there"):
+            locks.enter_context(lock) if RANK == 0 else None
         found = checkpoints(folder)
         with suppress(FileNotFoundError):
             saved = json.loads(manifest_file.read_text(encoding="utf-8"))
     unused = args.resume or not folder.is_dir() or not any(folder.iterdir())
     require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
-    newest, older = found.get(max(found, default=0)), [path.name for path in found.values()][:-1]
-    cure = f"remove it, and --resume goes on from {older[-1] if older else 'the beginning'}"
+    *older, newest = [None, *found.values()]
+    cure = (
+        f"remove it, and --resume goes on from {older[-1].name if any(older) else 'the beginning'}"
+    )
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
     source = newest or ("dice" if sft_first else args.model_name_or_path)
-    with loading(newest, cure, always=True) if newest else nullcontext():
-        policy, tokenizer = load_policy(
-            str(source), None if newest else args.model_revision, args.seed
-        )
+    revision = None if newest else args.model_revision
+    with loading(newest, cure, always=bool(newest)):
+        policy, tokenizer = load_policy(str(source), revision, args.seed)
     seq2seq = policy.config.is_encoder_decoder
-    frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
+    frame, padding = (
+        saved.get("frame") or text_frame(tokenizer, seq2seq),
+        "right" if seq2seq else "left",
+    )
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
-    padding = "right" if seq2seq else "left"
     sides, fold_of, manifest = load_sides(args, encoding, padding)
     manifest = json.loads(json.dumps(manifest | {"frame": frame}))
     changed = [name for name in saved if saved[name] != manifest[name]]
     require(not changed, f"the data have changed since this run began: {', '.join(changed)}")
     if args.overfit_one_batch:
-        table, size, fold_of = sides["train"].table, len(sides["train"].rewards), {}
+        side, size, fold_of = sides["train"], len(sides["train"].rewards), {}
         rows = np.unique(step_rows(1, size, args.train_batch_size, args.seed))
-        part = (x[rows] for x in (sides["train"].rewards, sides["train"].lengths))
-        sides = {"train": Side(table.select(rows), *part, padding, np.arange(len(rows)))}
+        part = (side.table.select(rows), side.rewards[rows], side.lengths[rows], padding)
+        sides = {"train": Side(*part, np.arange(len(rows)))}
     if args.loss == "kto":
         sides["mismatched"] = mismatched(sides["train"])
-    rolls = []
-    if args.dataset_name == "dice" and args.loss != "sft":
-        rolls = [{"prompt": p, "completion": roll} for p in fold_of for roll in all_rolls(p)]
+    diced = fold_of if args.dataset_name == "dice" and args.loss != "sft" else {}
+    rolls = [
+        {"prompt": prompt, "completion": roll} for prompt in diced for roll in all_rolls(prompt)
+    ]
     if rolls:
         table = datasets.Dataset.from_list(rolls)
         sides["rolls"] = make_side(table, np.zeros(len(rolls)), encoding, padding)
@@ -1684,19 +1671,18 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         say(f"the {args.warmup_steps} steps of warm-up are longer than the run")
     if RANK == 0:
         if not args.resume:
+            versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
+            content = {"args": vars(args), "versions": versions | {"python": sys.version}}
             with loading(folder, "it cannot be written to, or another run has just taken it"):
                 folder.mkdir(parents=True, exist_ok=True)
-                versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
-                content = {"args": vars(args), "versions": versions | {"python": sys.version}}
                 with open(folder / "args.json", "x", encoding="utf-8") as file:
-                    file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(content, indent=2) + "\n")
             locks.enter_context(lock)
         write_json(manifest_file, manifest, indent=2)
-        log_file, lines = folder / "metrics.jsonl", []
-        with suppress(FileNotFoundError):  # the last line may be half a one
-            lines = log_file.read_text(encoding="utf-8").split("\n")[:-1]
-        known = lambda x: x["step"] <= max(found) if found else "reference_seconds" in x
-        write_json(log_file, *filter(known, map(json.loads, lines)))
+        log_file = folder / "metrics.jsonl"  # as it was when the checkpoint was written
+        shutil.copy(newest / log_file.name, log_file) if newest else log_file.unlink(
+            missing_ok=True
+        )
     gather(None)  # the folder is there for all
     if sft_first:
         sft = Namespace(**vars(args) | DICE_SFT | {"output_dir": str(folder / "sft")})
@@ -1723,16 +1709,14 @@ def prepare(run: Run) -> None:
     """Give a run its V and its optimiser."""
     args, policy = run.args, run.policy
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
+    groups = [{"params": list(policy.parameters()), "lr": args.learning_rate}]
     if args.loss == "dro_v" and args.value != "batch":
-        body = policy if args.value == "prompt" else None
+        body, known = policy if args.value == "prompt" else None, set(policy.parameters())
         run.value_model = ValueModel(body, args.share_policy_and_value_backbone).to(DEVICE)
-    groups, known = [{"params": list(policy.parameters()), "lr": args.learning_rate}], set()
-    if run.value_model:
-        known.update(policy.parameters())  # a shared body is trained once, with the policy
-        value = [parameter for parameter in run.value_model.parameters() if parameter not in known]
-        groups.append({"params": value, "lr": args.value_learning_rate})
+        own = [p for p in run.value_model.parameters() if p not in known]  # a shared body is π's
+        groups.append({"params": own, "lr": args.value_learning_rate})
     if args.optim == "adamw":
         run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     else:

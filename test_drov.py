@@ -810,9 +810,9 @@ def test_a_model_judges_by_its_letters_and_must_hold_to_it_in_both_orders(tmp_pa
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--tau 0", "--tau: must be a finite number > 0"),
+        ("--tau 0", "--tau must be a finite number > 0"),
         ("--learning_rate nan", "--learning_rate"),
-        ("--max_steps 1.5", "must be a whole number"),
+        ("--max_steps 1.5", "--max_steps: invalid int value"),
         ("--unknown", "unrecognized arguments: --unknown"),
         ("--reward_key quality", "--reward_key"),
         ("--save_steps 3 --logging_steps 2", "no multiple"),
