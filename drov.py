@@ -63,6 +63,7 @@ from typing import Any
 
 import datasets
 import filelock
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import torch
@@ -1023,47 +1024,51 @@ def all_rolls(prompt: str) -> list[str]:
 def dice_report(run: Run) -> dict:
     """How much of the attainable rise of Eq. 1 the policy has, exactly; prints and returns it.
 
-    A prompt's outcomes are its valid rolls and, as one more with the lowest roll's reward, all that
-    is no roll. Eq. 2 over them, with the π_ref that was trained, gives π* and V* = J(π*).
+    Over the valid rolls of a prompt, given that it is a roll: nobody ever rated what is none, so
+    DRO-V cannot know of it, and the mass of valid rolls stands beside. Eq. 2 with the π_ref that was
+    trained gives π* and V* = J(π*).
     """
-    tau, side, columns = run.args.tau, run.sides["rolls"], ("reward", "valid", "kl", "objective")
-    mean, std = run.manifest["reward_mean"], run.manifest["reward_std"]
+    tau, side = run.args.tau, run.sides["rolls"]
     logps, values = score(run, side, "every roll")
     table, errors, shown = {"π_ref": [], "π_θ": [], "π*": []}, [], {}
     for prompt, rows in rows_by_prompt(side).items():
-        rolls, p = all_rolls(prompt), {}
-        raw = np.array([dice_reward(prompt, roll) for roll in rolls])
-        raw = np.append(raw, raw.min())
-        rewards = (raw - mean) / std
-        for name, x in (("π_ref", side.ref_logps), ("π_θ", logps)):
-            valid = x[rows].double().exp().numpy()
-            p[name] = np.append(valid, max(1 - valid.sum(), 1e-12))
-        weights = torch.from_numpy(np.log(p["π_ref"]) + rewards / tau)
-        value = tau * weights.logsumexp(0).item()  # V*(x)
-        p["π*"] = np.exp(weights.numpy() - value / tau)  # Eq. 2
-        for name, pi in p.items():
-            kl = pi @ np.log(np.maximum(pi, 1e-300) / p["π_ref"])
-            table[name].append((pi @ raw, 1 - pi[-1], kl, pi @ rewards - tau * kl))  # last: Eq. 1
-        errors.append(values[rows[0]].item() - value)
-        shown[abs(len(rolls) - 6)] = (prompt, rolls, p)
+        rolls, rewards = all_rolls(prompt), side.rewards[rows].double()
+        raw = rewards * run.manifest["reward_std"] + run.manifest["reward_mean"]
+        logs = {"π_ref": side.ref_logps[rows].double(), "π_θ": logps[rows].double()}
+        valid = {name: x.exp().sum() for name, x in logs.items()}
+        logs = {name: x.log_softmax(0) for name, x in logs.items()}
+        value = tau * (logs["π_ref"] + rewards / tau).logsumexp(0)  # V*(x)
+        logs["π*"] = logs["π_ref"] + (rewards - value) / tau  # Eq. 2
+        for name, x in logs.items():
+            kl = x.exp() @ (x - logs["π_ref"])
+            numbers = (x.exp() @ raw, valid.get(name, torch.nan), kl, x.exp() @ rewards - tau * kl)
+            table[name].append([float(number) for number in numbers])  # the last is Eq. 1
+        errors.append(values[rows[0]].item() - value.item())
+        shown[abs(len(rolls) - 6)] = (
+            prompt,
+            rolls[:8],
+            {name: x.exp() for name, x in logs.items()},
+        )
     prompt, rolls, p = shown[min(shown)]
     say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
-    for i, name in itertools.product(range(len(rolls[:8])), table):
+    for i, name in itertools.product(range(len(rolls)), table):
         start = rolls[i] if name == "π_ref" else " " * len(rolls[i])
-        say(f"{start}  {name:<6}{p[name][i]:6.1%} {'█' * round(60 * p[name][i])}")
+        say(f"{start}  {name:<6}{p[name][i]:6.1%} {'█' * round(60 * p[name][i].item())}")
     say(f"\nExactly, over every roll of {len(errors)} held-out prompts of at most three dice:")
-    say(f"{'':<8}{'mean reward':>12}{'valid mass':>12}{'KL':>9}{'objective':>11}")
-    results = {"tau": tau}
+    say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
+    results, columns = {"tau": tau}, ("reward", "valid", "kl", "objective")
     for key, (name, rows) in zip(("sft", "policy", "optimum"), table.items()):
-        results[key] = dict(zip(columns, numbers := np.mean(rows, axis=0).tolist()))
-        say("{:<8}{:>12.3f}{:>12.2%}{:>9.4f}{:>11.4f}".format(name, *numbers))
+        x = results[key] = dict(zip(columns, np.mean(rows, axis=0).tolist()))
+        x["valid"] = x["valid"] if key != "optimum" else 1.0
+        say(
+            f"{name:<8}{x['reward']:>12.3f}{x['kl']:>9.4f}{x['objective']:>11.4f}{x['valid']:>12.2%}"
+        )
     low, reached, best = (results[key]["objective"] for key in ("sft", "policy", "optimum"))
     results["gain_share"] = (reached - low) / (best - low)
     rmse = float(np.sqrt(np.mean(np.square(errors))))
     results["value_rmse"] = rmse if run.value_model else None
-    say(f"π_θ has {results['gain_share']:.2%} of the rise of the objective that π* has")
-    if run.value_model:
-        say(f"V(x) is off V*(x) by {rmse:.3f} (root mean square, in normalised rewards)")
+    off = f"; V(x) is off V*(x) by {rmse:.3f} (root mean square)" if run.value_model else ""
+    say(f"π_θ has {results['gain_share']:.2%} of the rise of the objective that π* has{off}")
     return results
 
 
@@ -1661,7 +1666,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     ]
     if rolls:
         table = datasets.Dataset.from_list(rolls)
-        sides["rolls"] = make_side(table, np.zeros(len(rolls)), encoding, padding)
+        raw = np.array([dice_reward(**roll) for roll in rolls])
+        rewards = (raw - manifest["reward_mean"]) / manifest["reward_std"]
+        sides["rolls"] = make_side(table, rewards, encoding, padding)
     lengths = np.concatenate([side.lengths for side in sides.values()])
     (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
     needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy)
@@ -1770,6 +1777,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
