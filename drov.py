@@ -275,10 +275,11 @@ def read_rows(args: Namespace) -> Iterator[dict]:
     """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
     name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
     takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
+    a_file = os.path.exists(name) or name[0] in "./~" or ending and ending in takes
     with loading(name, f"{takes}; --dice needs none"):
         if name == "dice":
             yield from dice_rolls(args.seed)
-        elif os.path.isdir(name) or not (os.path.exists(name) or ending or name[0] in "./~"):
+        elif os.path.isdir(name) or not a_file:
             options = {"split": args.dataset_split, "revision": args.dataset_revision}
             for batch in datasets.load_dataset(name, **options).iter(1000):
                 yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
@@ -397,9 +398,7 @@ def split_prompts(
     if mode == "prompt_fold":
         last = needed = num_eval_folds * eval_prompts_per_fold
         if eval_fold_index != "all":
-            says = (
-                f"--eval_fold_index {eval_fold_index} is none of 0 to {num_eval_folds - 1}, or all"
-            )
+            says = f"--eval_fold_index must be 0 to {num_eval_folds - 1}, or all"
             require(0 <= eval_fold_index < num_eval_folds, says)
             first = eval_fold_index * eval_prompts_per_fold
             last = first + eval_prompts_per_fold
@@ -444,12 +443,9 @@ def text_frame(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> 
             text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
             start, rest = text.split(user)  # raises where it stands twice, or not at all
             between, rest = rest.split(answer)
-        prompt, ids, control = (
-            [plain(start), plain(between)],
-            plain(rest),
-            special_tokens(tokenizer),
-        )
-        ends = [i + 1 for i, token in enumerate(ids) if token in control.values()]
+        prompt, ids = [plain(start), plain(between)], plain(rest)
+        control = special_tokens(tokenizer).values()
+        ends = [i + 1 for i, token in enumerate(ids) if token in control]
         behind = ids[: ends[0]] if ends else plain(rest.rstrip()) + end
     require(behind or end, "the tokenizer has no end token: set its eos_token")
     return {"prompt": prompt, "completion": [before, behind or end]}
@@ -474,9 +470,7 @@ def encode(
     for (name, side), (texts, limit) in zip(sides.items(), limits):
         before, behind = frame[name]
         room = limit - len(before) - len(behind)
-        says = (
-            f"the frame of a {name} takes {limit - room} tokens: --max_{name}_length must be more"
-        )
+        says = f"the frame takes {limit - room} tokens: --max_{name}_length must be more"
         require(room > 0, says)
         parts = {text: cut.split(text) if spelt.search(text) else [text] for text in texts}
         flat = list(itertools.chain.from_iterable(parts.values()))  # a text that comes twice, once
@@ -594,6 +588,8 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     say(", ".join(f"{name} {x:.6g}" for name, x in numbers.items()))
     says = f"{manifest['unknown_tokens']:.0%} of the tokens are unknown to the tokenizer"
     require(manifest["unknown_tokens"] <= 0.05, f"{says}: it is not made for these texts")
+    if manifest["unknown_tokens"]:
+        say("of unknown tokens: a T5's tokenizer has none for line breaks and braces")
     manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
     return sides, fold_of, manifest | {"dropped": dict(dropped)}
 
@@ -602,9 +598,7 @@ def mismatched(side: Side) -> Side:
     """KTO's mismatched pairs: each row's prompt with the completion of the row N/2 further on, or
     of the next one with another prompt."""
     _, prompts = np.unique(side.table["prompt"][:], return_inverse=True)
-    require(
-        prompts.max() > 0, "--loss kto pairs prompts with others' answers: it needs a second one"
-    )
+    require(prompts.max() > 0, "--loss kto needs a second training prompt, to mismatch answers")
     partner = np.roll(np.arange(len(prompts)), -(len(prompts) // 2))
     while (same := prompts[partner] == prompts).any():
         partner[same] = (partner[same] + 1) % len(prompts)
@@ -833,9 +827,7 @@ def for_each(run: Run, side: Side, function: Callable, desc: str, rows=None) -> 
         return list(zip(piece.tolist(), function(batch, piece), strict=True))
 
     items, rows = [None] * len(side.lengths), np.arange(len(side.lengths)) if rows is None else rows
-    chunks = micro_batches(
-        rows, side.lengths, 16 * run.args.micro_batch_tokens
-    )  # what a retry does
+    chunks = micro_batches(rows, side.lengths, 16 * run.args.micro_batch_tokens)
     parts = gather([in_pieces(run, side, chunk, work) for chunk in progress(chunks, desc)])
     flat = itertools.chain.from_iterable
     for row, item in flat(flat(flat(parts))):
@@ -972,10 +964,8 @@ def generate(run: Run) -> None:
         return answers
 
     # The model's own penalties, beams and limits are not the flags'; they are saved as they came.
-    own, policy.generation_config = (
-        policy.generation_config,
-        transformers.GenerationConfig(**config),
-    )
+    own = policy.generation_config
+    policy.generation_config = transformers.GenerationConfig(**config)
     policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
     answers = for_each(run, side, answer, "Answering", np.array(sorted(prompt_of)))
     policy.train().generation_config = own
@@ -1016,9 +1006,8 @@ def dice_reward(prompt: str, completion: str) -> int | None:
 def all_rolls(prompt: str) -> list[str]:
     """Every valid roll, in order; of more than 3 dice, none."""
     dice, sides = map(int, prompt.rsplit(" ", 1)[1].split("d"))
-    return ["".join(faces) for faces in itertools.product("12345678"[:sides], repeat=dice)] * (
-        dice < 4
-    )
+    faces = "12345678"[:sides] if dice <= 3 else ""
+    return ["".join(roll) for roll in itertools.product(faces, repeat=dice)]
 
 
 def dice_report(run: Run) -> dict:
@@ -1044,11 +1033,8 @@ def dice_report(run: Run) -> dict:
             numbers = (x.exp() @ raw, valid.get(name, torch.nan), kl, x.exp() @ rewards - tau * kl)
             table[name].append([float(number) for number in numbers])  # the last is Eq. 1
         errors.append(values[rows[0]].item() - value.item())
-        shown[abs(len(rolls) - 6)] = (
-            prompt,
-            rolls[:8],
-            {name: x.exp() for name, x in logs.items()},
-        )
+        p = {name: x.exp() for name, x in logs.items()}
+        shown[abs(len(rolls) - 6)] = (prompt, rolls[:8], p)
     prompt, rolls, p = shown[min(shown)]
     say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
     for i, name in itertools.product(range(len(rolls)), table):
@@ -1060,9 +1046,8 @@ def dice_report(run: Run) -> dict:
     for key, (name, rows) in zip(("sft", "policy", "optimum"), table.items()):
         x = results[key] = dict(zip(columns, np.mean(rows, axis=0).tolist()))
         x["valid"] = x["valid"] if key != "optimum" else 1.0
-        say(
-            f"{name:<8}{x['reward']:>12.3f}{x['kl']:>9.4f}{x['objective']:>11.4f}{x['valid']:>12.2%}"
-        )
+        line = "{reward:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}"
+        say(f"{name:<8}{line.format(**x)}")
     low, reached, best = (results[key]["objective"] for key in ("sft", "policy", "optimum"))
     results["gain_share"] = (reached - low) / (best - low)
     rmse = float(np.sqrt(np.mean(np.square(errors))))
@@ -1099,10 +1084,8 @@ def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], 
     answers, protocols = {}, {}
     for name in runs:
         with loading(name, "it is no finished run"):
-            args, manifest, _ = (
-                json.loads(Path(name, file).read_text(encoding="utf-8"))
-                for file in ("args.json", "prompt_split_manifest.json", "results.json")
-            )
+            files = ("args.json", "prompt_split_manifest.json", "results.json")
+            args, manifest, _ = (load_json(Path(name, file)) for file in files)
             step = 0 if at_start else args["args"]["max_steps"]
             lines = [x for _, x in read_jsonl(f"{name}/generations-{step}.jsonl")]
         protocols[name] = {"held_out": manifest["held_out"]}
@@ -1180,13 +1163,9 @@ def read_verdicts(file: str, pairs: list[dict]) -> np.ndarray:
             fits = isinstance(line.get("id"), str) and line.get("winner") in ("A", "B", "tie")
             require(fits, f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie')
             given[line["id"]].append(points[line["winner"]])
-    missing, unknown = (
-        {p["id"] for p in pairs} - set(given),
-        set(given) - {p["id"] for p in pairs},
-    )
-    say(
-        f"{file}: {len(missing)} of {len(pairs)} pairs have no verdict; unknown ids: {len(unknown)}"
-    )
+    known = {pair["id"] for pair in pairs}
+    missing, unknown = len(known - set(given)), len(set(given) - known)
+    say(f"{file}: {missing} of {len(pairs)} pairs have no verdict; unknown ids: {unknown}")
     return np.array([np.mean(given[p["id"]]) if p["id"] in given else math.nan for p in pairs])
 
 
@@ -1223,14 +1202,9 @@ def compare(args: Namespace) -> None:
     first, protocol = next(iter(protocols.items()))
     for name, other in [*protocols.items(), *others.items()]:
         differ = [key for key in protocol if protocol[key] != other[key]]
-        values = (
-            "" if "held_out" in differ[:1] else f": {[(protocol[k], other[k]) for k in differ]}"
-        )
-        require(not differ, f"{first} and {name} do not compare: they differ in {differ}{values}")
-    same = ours.keys() == theirs.keys()
-    require(
-        same, f"not the same prompts are answered: {len(ours)} and {len(theirs)}, or other folds"
-    )
+        require(not differ, f"{first} and {name} do not compare: they differ in {differ}")
+    counts = f"{len(ours)} and {len(theirs)}, or other folds"
+    require(ours.keys() == theirs.keys(), f"not the same prompts are answered: {counts}")
     pairs, folder = make_pairs(ours, theirs), Path(args.output_dir)
     shown = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
     holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -1247,9 +1221,8 @@ def compare(args: Namespace) -> None:
     key = []
     for pair in pairs:
         runs = [side[pair["prompt"]]["run"] for side in (ours, theirs)]
-        key.append(
-            {"id": pair["id"]} | dict(zip("AB", runs if pair["ours"] == "A" else runs[::-1]))
-        )
+        a, b = runs if pair["ours"] == "A" else runs[::-1]
+        key.append({"id": pair["id"], "A": a, "B": b})
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "pairs.jsonl", *shown)
     write_json(folder / "key.jsonl", *key)
@@ -1257,7 +1230,7 @@ def compare(args: Namespace) -> None:
     say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
     if result is None:
         say(
-            f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl, whose they are in key.jsonl; go on"
+            f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl (key.jsonl: whose they are); go on"
         )
         return say('with --verdicts FILE, a line {"id": …, "winner": "A", "B" or "tie"} for each')
     sides = {"compare": args.compare, "against": args.against}
@@ -1269,9 +1242,8 @@ def compare(args: Namespace) -> None:
     low, high = (100 * x for x in result["interval"])
     names = (" + ".join(args.compare), " + ".join(args.against or ["its start"]))
     what = f"{result['prompts']} prompts, {result['same_answers']} with equal answers"
-    say(
-        f"{names[0]} vs {names[1]}: {100 * result['win_rate']:.1f} %{spread} ({what}; 95 % CI {low:.1f}–{high:.1f} %)"
-    )
+    rate = f"{100 * result['win_rate']:.1f} %{spread}"
+    say(f"{names[0]} vs {names[1]}: {rate} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
 
 
 # ------------------------------------------------------------------------------------ machinery
@@ -1334,10 +1306,8 @@ def meet_processes() -> None:
     if not SEVERAL or dist.is_initialized():
         return
     wrong = [name for name, x in LAUNCH.items() if not (x if "ADDR" in name else x.isdecimal())]
-    cure, gpus = (
-        "start several processes with torchrun, or unset WORLD_SIZE",
-        torch.cuda.device_count(),
-    )
+    cure = "start several processes with torchrun, or unset WORLD_SIZE"
+    gpus = torch.cuda.device_count()
     require(not wrong, f"WORLD_SIZE is {LAUNCH['WORLD_SIZE']!r} without a usable {wrong}: {cure}")
     require(LOCAL_RANK < gpus or not gpus, f"there are {gpus} GPUs: lower --nproc_per_node")
     waits = "process {RANK} waits at {MASTER_ADDR}:{MASTER_PORT} for all {WORLD_SIZE}"
@@ -1396,6 +1366,11 @@ def write_json(path: Path, *objects: dict, indent: int | None = None) -> None:
     texts = [json.dumps(x, indent=indent, ensure_ascii=False) + "\n" for x in objects]
     with atomic(path) as temporary:
         temporary.write_text("".join(texts), encoding="utf-8", newline="\n")
+
+
+def load_json(path: Path) -> dict:
+    """The object in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -1561,14 +1536,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         args.max_steps = args.save_steps = args.overfit_steps
         args.warmup_steps, args.logging_steps = 0, 1
     # A step's rows depend on their number alone, however many processes share them.
-    size, row = (
-        args.per_device_train_batch_size,
-        args.max_prompt_length + args.max_completion_length,
-    )
+    size, budget = args.per_device_train_batch_size, 1024
     args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
-    args.micro_batch_tokens = args.micro_batch_tokens or (
-        1024 if DEVICE.type == "cpu" else size * row
-    )
+    if DEVICE.type == "cuda":
+        budget = size * (args.max_prompt_length + args.max_completion_length)
+    args.micro_batch_tokens = args.micro_batch_tokens or budget
     V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
     alone = not any((args.against, *judges))
     require(args.compare or alone, "--against, --judge_model and --verdicts go with --compare")
@@ -1589,9 +1561,7 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
     folder, free = given.pop("resume"), ("micro_batch_tokens", "save_total_limit")
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     with loading(f"--resume {folder}", "it is no run"):
-        args = Namespace(
-            **json.loads(Path(folder, "args.json").read_text(encoding="utf-8"))["args"]
-        )
+        args = Namespace(**load_json(Path(folder, "args.json"))["args"])
     for name, value in given.items():
         if value != (old := getattr(args, name)):
             says = f"--{name} {value} (it was {old}) would make it another run: start one"
@@ -1599,11 +1569,9 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
             say(f"going on with --{name} {value} (it was {old})")
             setattr(args, name, value)
     others = args.gradient_accumulation_steps * WORLD_SIZE
-    says = (
-        f"a step has {args.train_batch_size} rows: with {WORLD_SIZE} processes, give --{sizes[0]} "
-    )
-    fits = args.per_device_train_batch_size * others == args.train_batch_size
-    require(fits, f"{says}{args.train_batch_size / others:g}")
+    says = f"a step has {args.train_batch_size} rows, {WORLD_SIZE} processes share it: "
+    says += f"give --{sizes[0]} {args.train_batch_size / others:g}"
+    require(args.per_device_train_batch_size * others == args.train_batch_size, says)
     args.resume = args.output_dir = folder
     return args
 
@@ -1614,39 +1582,35 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
 def position_limit(model: PreTrainedModel) -> float:
     """The most tokens a model has positions for; relative ones, such as T5's, have no end."""
     names = ("max_position_embeddings", "n_positions")
-    limits = [getattr(model.config, name, None) or math.inf for name in names]
-    return math.inf if hasattr(model.config, "relative_attention_num_buckets") else min(limits)
+    limits = [x for x in (getattr(model.config, name, 0) for name in names) if x and x > 0]
+    relative = hasattr(model.config, "relative_attention_num_buckets")
+    return math.inf if relative or not limits else min(limits)
 
 
 def start(args: Namespace, locks: ExitStack) -> Run:
     """Load everything, check everything, and only then claim the folder. Raises UserError."""
-    folder, manifest_file = (
-        Path(args.output_dir),
-        Path(args.output_dir, "prompt_split_manifest.json"),
-    )
+    folder = Path(args.output_dir)
+    manifest_file = folder / "prompt_split_manifest.json"
     lock, found, saved = filelock.FileLock(folder / ".lock", blocking=False), {}, {}
     if args.resume:
         with loading(folder, "a run that is alive works there"):
             locks.enter_context(lock) if RANK == 0 else None
         found = checkpoints(folder)
         with suppress(FileNotFoundError):
-            saved = json.loads(manifest_file.read_text(encoding="utf-8"))
+            saved = load_json(manifest_file)
     unused = args.resume or not folder.is_dir() or not any(folder.iterdir())
     require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
     *older, newest = [None, *found.values()]
-    cure = (
-        f"remove it, and --resume goes on from {older[-1].name if any(older) else 'the beginning'}"
-    )
+    before = older[-1].name if any(older) else "the beginning"
+    cure = f"remove it, and --resume goes on from {before}"
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
     source = newest or ("dice" if sft_first else args.model_name_or_path)
     revision = None if newest else args.model_revision
     with loading(newest, cure, always=bool(newest)):
         policy, tokenizer = load_policy(str(source), revision, args.seed)
     seq2seq = policy.config.is_encoder_decoder
-    frame, padding = (
-        saved.get("frame") or text_frame(tokenizer, seq2seq),
-        "right" if seq2seq else "left",
-    )
+    padding = "right" if seq2seq else "left"
+    frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
     sides, fold_of, manifest = load_sides(args, encoding, padding)
@@ -1687,9 +1651,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
             locks.enter_context(lock)
         write_json(manifest_file, manifest, indent=2)
         log_file = folder / "metrics.jsonl"  # as it was when the checkpoint was written
-        shutil.copy(newest / log_file.name, log_file) if newest else log_file.unlink(
-            missing_ok=True
-        )
+        log_file.unlink(missing_ok=True)
+        if newest:
+            shutil.copy(newest / log_file.name, log_file)
     gather(None)  # the folder is there for all
     if sft_first:
         sft = Namespace(**vars(args) | DICE_SFT | {"output_dir": str(folder / "sft")})
@@ -1740,7 +1704,8 @@ def reproduce(run: Run) -> None:
     if args.loss != "sft":
         fix_reference(run)
     if run.step == 0:
-        check_alike(run)
+        if args.max_steps > 0:
+            check_alike(run)
         if answered:
             evaluate(run)
             generate(run)

@@ -323,7 +323,7 @@ def test_text_that_spells_a_special_token_is_text(kind):
     frame, counts = drov.text_frame(tokenizer, kind != "chatml"), Counter()
     text = "<s>abc</s> <pad><|im_end|> ＜/s＞"
     special = set(drov.special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
-    (x,), (y,) = drov.encode(["abc"], [text], tokenizer, frame, 90, 90, counts)
+    _, (y,) = drov.encode(["abc"], [text], tokenizer, frame, 90, 90, counts)
     behind = frame["completion"][1]
     assert y[-len(behind) :] == behind and not special & set(y[: -len(behind)])
     assert counts["special_spellings"] == 1
@@ -435,7 +435,8 @@ def test_splits_are_disjoint_repeatable_and_blind_to_the_order_of_rows(mode):
     )
     if mode == "prompt_fold":
         folds = [split(prompts, fold)[1] for fold in range(3)]
-        assert split(prompts, "all")[1] == sum(folds, []) and len(set(sum(folds, []))) == 12
+        together = [prompt for fold in folds for prompt in fold]
+        assert split(prompts, "all")[1] == together and len(set(together)) == 12
 
 
 def test_statistics_are_the_training_sides_and_limits_keep_whole_prompts_by_hash(tmp_path, models):
@@ -465,7 +466,7 @@ def test_statistics_are_the_training_sides_and_limits_keep_whole_prompts_by_hash
 
 def test_batches_are_one_endless_stream_and_pieces_lose_no_row():
     batches = [drov.step_rows(step, 10, 4, 0).tolist() for step in range(1, 6)]
-    assert sorted(sum(batches, [])) == sorted([*range(10)] * 2)
+    assert sorted(row for batch in batches for row in batch) == sorted([*range(10)] * 2)
     lengths = np.random.default_rng(0).integers(1, 100, size=(64, 2))
     pieces = drov.micro_batches(np.arange(64), lengths, 512)
     assert sorted(np.concatenate(pieces).tolist()) == list(range(64))
@@ -646,7 +647,7 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model(flags, tmp_
             runs.append((tmp_path / f"one-{name}", tmp_path / f"some-{name}"))
     (tmp_path / "all.json").write_text(json.dumps(several))
     (tmp_path / "several.py").write_text(SEVERAL)
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node".split()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     command = [sys.executable, *launcher, str(processes), str(tmp_path / "several.py")]
     where = os.environ | {"PYTHONPATH": str(Path(drov.__file__).parent)}
     done = subprocess.run(
