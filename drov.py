@@ -143,6 +143,11 @@ def load_policy(
     require(complete, f"{source} has no tokenizer beside the model: save it there, too")
     words, rows = len(tokenizer), len(policy.get_input_embeddings().weight)
     require(words <= rows, f"{source}: the tokenizer has {words} tokens, the model embeds {rows}")
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:  # which could not be saved, either
+        policy.generation_config = transformers.GenerationConfig.from_model_config(config)
+        say(f"{source} has a generation_config that contradicts itself: it is not kept")
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
         say(f"{source} names no start token: the pad token, {config.pad_token_id}, is taken")
@@ -287,7 +292,9 @@ def read_rows(args: Namespace) -> Iterator[dict]:
             yield from (row for _, row in read_jsonl(name))
         elif ending == ".json":
             rows = json.loads("".join(line for _, line in lines_of(name)))
-            yield from [dict(row) for row in rows]
+            for number, row in enumerate(rows if isinstance(rows, list) else [None], start=1):
+                require(isinstance(row, dict), f"{name}, item {number} is no object of an array")
+                yield row
         elif ending == ".csv":
             csv.field_size_limit(2**31 - 1)
             reader = csv.DictReader((line for _, line in lines_of(name)), strict=True)
@@ -339,7 +346,8 @@ def checked(prompt: Any, completion: Any, reward: Any) -> tuple[str, str, float]
     try:
         "".join(texts).encode()
         # UltraFeedback's ratings are strings, thumbs may be booleans.
-        reward = float({"true": 1, "false": 0}.get(str(reward).strip().lower(), reward))
+        text = str(reward).strip().lower().replace("_", "?")  # which float() would pass over
+        reward = float({"true": 1, "false": 0}.get(text, text))
     except UnicodeEncodeError:  # half an emoji
         return "text that is no valid Unicode"
     except (TypeError, ValueError, OverflowError):
@@ -487,6 +495,7 @@ def encode(
             counts[f"cut_{name}s"] += len(body) > room
             keeps_end = name == "prompt" or len(body) <= room
             side.append(before + body[-room:] + behind if keeps_end else (before + body)[:limit])
+        require(all(side), f"a {name} has no token: the tokenizer knows nothing of it")
     return sides["prompt"], sides["completion"]
 
 
@@ -597,7 +606,8 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
 def mismatched(side: Side) -> Side:
     """KTO's mismatched pairs: each row's prompt with the completion of the row N/2 further on, or
     of the next one with another prompt."""
-    _, prompts = np.unique(side.table["prompt"][:], return_inverse=True)
+    codes = {}
+    prompts = np.array([codes.setdefault(p, len(codes)) for p in side.table["prompt"][:]])
     require(prompts.max() > 0, "--loss kto needs a second training prompt, to mismatch answers")
     partner = np.roll(np.arange(len(prompts)), -(len(prompts) // 2))
     while (same := prompts[partner] == prompts).any():
@@ -662,7 +672,7 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
     while True:  # every n-th row by length: processes have equal work
         pieces = micro_batches(by_length[RANK::WORLD_SIZE], side.lengths, args.micro_batch_tokens)
         try:
-            with autocast(args):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=args.bf16):
                 return [work(piece, side.batch(piece)) for piece in pieces]
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
@@ -712,7 +722,7 @@ def backward(run: Run, rows: np.ndarray, constant: Tensor | None, piece: np.ndar
         losses, divisor = -logps, int(side.lengths[rows, 1].sum())
         record = {"loss": losses, "completion_tokens": (batch["labels"] != -100).sum(-1)}
     elif args.loss == "kto":
-        desirable = rewards > side.rewards[rows].mean().item()
+        desirable = rewards > side.rewards[rows].double().mean().item() + 1e-6  # rounding is none
         losses = record["loss"] = kto_loss(logps, ref_logps, desirable, constant, args.tau)
     else:
         V = run.value_model if constant is None else lambda x, mask: constant.expand(len(x))
@@ -747,7 +757,11 @@ def train(run: Run) -> None:
         for record in in_pieces(run, side, rows, work):
             for name, tensor in record.items():
                 window[name].append(tensor)
-        sum_gradients(parameters)
+        if dist.is_initialized():  # one that a process has not counts as zeros
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+                pending.wait()
         for name, network in networks.items():
             norm = nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
             window[name].append(norm.reshape(1))
@@ -769,9 +783,10 @@ def train(run: Run) -> None:
             advice = "try a lower --learning_rate, or --max_grad_norm 1, in another --output_dir"
             raise RunError(f"loss, gradient or weights not finite by step {run.step}: {advice}")
         log(run, metrics | {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)})
-        save, stop = last or run.step % args.save_steps == 0, any(gather(bool(stop_signals)))
+        save = last or run.step % args.save_steps == 0
         if save and not args.overfit_one_batch:
             evaluate(run)
+        stop = any(gather(bool(stop_signals)))
         if save or stop:
             save_checkpoint(run)
         if stop:
@@ -855,11 +870,9 @@ def fix_reference(run: Run) -> None:
     args, file = run.args, Path(run.args.output_dir, "reference_logps.safetensors")
     if not gather(file.exists())[0]:
         require(run.step == 0, f"{file} is gone, and π_ref with it: start again, elsewhere")
-        total, size, logps = len(run.sides["train"].rewards), args.train_batch_size, {}
-        visited, started = np.arange(total), time.perf_counter()
-        if args.max_steps * size < total:  # score no row that is not going to be used
-            steps = [step_rows(s + 1, total, size, args.seed) for s in range(args.max_steps)]
-            visited = np.concatenate([visited[:0], *steps])
+        total, logps, started = len(run.sides["train"].rewards), {}, time.perf_counter()
+        # Score no row that is not going to be used: the first epoch, as `step_rows` has it.
+        visited = step_rows(1, total, total, args.seed)[: args.max_steps * args.train_batch_size]
         for name, side in run.sides.items():
             rows = visited if name in ("train", "mismatched") else None
             logps[name] = score(run, side, f"π_ref on {name} rows", rows, values=False)[0].clone()
@@ -1049,7 +1062,7 @@ def dice_report(run: Run) -> dict:
         line = "{reward:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}"
         say(f"{name:<8}{line.format(**x)}")
     low, reached, best = (results[key]["objective"] for key in ("sft", "policy", "optimum"))
-    results["gain_share"] = (reached - low) / (best - low)
+    results["gain_share"] = (reached - low) / (best - low or math.nan)
     rmse = float(np.sqrt(np.mean(np.square(errors))))
     results["value_rmse"] = rmse if run.value_model else None
     off = f"; V(x) is off V*(x) by {rmse:.3f} (root mean square)" if run.value_model else ""
@@ -1090,7 +1103,7 @@ def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], 
             lines = [x for _, x in read_jsonl(f"{name}/generations-{step}.jsonl")]
         protocols[name] = {"held_out": manifest["held_out"]}
         for key in ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed",
-                    "max_prompt_length", "max_new_tokens", "temperature"):  # fmt: skip
+                    "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature"):  # fmt: skip
             protocols[name][key] = args["args"][key]
         missing = manifest["eval_prompts"] - len(lines)
         require(not missing, f"{name} has {len(lines)} answers, {missing} fewer than prompts")
@@ -1207,7 +1220,7 @@ def compare(args: Namespace) -> None:
     require(ours.keys() == theirs.keys(), f"not the same prompts are answered: {counts}")
     pairs, folder = make_pairs(ours, theirs), Path(args.output_dir)
     shown = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
-    holds = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    holds = {path.name for path in folder.glob("[!.]*")} if folder.is_dir() else set()
     if holds:
         known = "pairs.jsonl" in holds <= {"pairs.jsonl", "key.jsonl", "win_rates.json"}
         known = known and [x for _, x in read_jsonl(f"{folder}/pairs.jsonl")] == shown
@@ -1327,15 +1340,6 @@ def gather(item: Any) -> list:
     return items
 
 
-def sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Add up the processes' gradients, once a step; one that a process has not counts as zeros."""
-    if dist.is_initialized():
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-            pending.wait()
-
-
 def say(message: str) -> None:
     """Print a line, once, without tearing the progress bar."""
     if RANK == 0:
@@ -1345,11 +1349,6 @@ def say(message: str) -> None:
 def progress(items: Iterable, desc: str, **options: Any) -> tqdm:
     """A progress bar, on terminals."""
     return tqdm(items, desc, disable=True if RANK else None, dynamic_ncols=True, **options)
-
-
-def autocast(args: Namespace) -> torch.autocast:
-    """bfloat16 where --bf16 says so; weights, log-probabilities and values stay float32."""
-    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=args.bf16)
 
 
 @contextmanager
@@ -1405,15 +1404,6 @@ def save_checkpoint(run: Run) -> None:
     gather(None)  # nobody leaves before it is written
 
 
-def keep_freed_memory() -> None:
-    """On a CPU with glibc, let tensors reuse what others freed: by default blocks of over 32 MB,
-    such as logits, go back to the system, which hands them out again page by page and cleared."""
-    with suppress(AttributeError, TypeError, OSError):  # elsewhere there is no such thing
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
-
-
 # ------------------------------------------------------------------------------------ arguments
 
 MODEL, DATASET = "google/flan-t5-large", "openbmb/UltraFeedback"
@@ -1450,6 +1440,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
         group.add_argument(flag, default=argparse.SUPPRESS, help=text + shown, **options)
         defaults[flag[2:]] = default
 
+    def fold(text: str) -> int | str:
+        return text if text == "all" else int(text)
+
     # fmt: off
     group = parser.add_argument_group("run")
     add("--dice", False, "the example with a known answer; other flags override what it sets", **switch)
@@ -1467,7 +1460,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=int)
     add("--num_eval_folds", 5, "folds that prompt_fold cuts", type=int)
     add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=int)
-    add("--eval_fold_index", 0, "the fold to hold out, from 0, or 'all' of them", type=lambda x: x if x == "all" else int(x))
+    add("--eval_fold_index", 0, "the fold to hold out, from 0, or 'all' of them", type=fold)
     add("--max_train_samples", None, "keep whole prompts of at most this many triplets (default: all)", type=int)
     add("--max_eval_samples", None, "the same of the held-out ones, each fold its share", type=int)
     add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=int)
@@ -1562,12 +1555,12 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     with loading(f"--resume {folder}", "it is no run"):
         args = Namespace(**load_json(Path(folder, "args.json"))["args"])
-    for name, value in given.items():
-        if value != (old := getattr(args, name)):
-            says = f"--{name} {value} (it was {old}) would make it another run: start one"
-            require(name in free + sizes, says)
-            say(f"going on with --{name} {value} (it was {old})")
-            setattr(args, name, value)
+        for name, value in given.items():
+            if value != (old := getattr(args, name)):
+                says = f"--{name} {value} (it was {old}) would make it another run: start one"
+                require(name in free + sizes, says)
+                say(f"going on with --{name} {value} (it was {old})")
+                setattr(args, name, value)
     others = args.gradient_accumulation_steps * WORLD_SIZE
     says = f"a step has {args.train_batch_size} rows, {WORLD_SIZE} processes share it: "
     says += f"give --{sizes[0]} {args.train_batch_size / others:g}"
@@ -1609,6 +1602,8 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     with loading(newest, cure, always=bool(newest)):
         policy, tokenizer = load_policy(str(source), revision, args.seed)
     seq2seq = policy.config.is_encoder_decoder
+    recomputes = policy.supports_gradient_checkpointing or not args.gradient_checkpointing
+    require(recomputes, f"{source} does not support --gradient_checkpointing")
     padding = "right" if seq2seq else "left"
     frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
@@ -1648,17 +1643,20 @@ def start(args: Namespace, locks: ExitStack) -> Run:
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / "args.json", "x", encoding="utf-8") as file:
                     file.write(json.dumps(content, indent=2) + "\n")
-            locks.enter_context(lock)
+                locks.enter_context(lock)
         write_json(manifest_file, manifest, indent=2)
         log_file = folder / "metrics.jsonl"  # as it was when the checkpoint was written
-        log_file.unlink(missing_ok=True)
-        if newest:
-            shutil.copy(newest / log_file.name, log_file)
+        with loading(newest, cure):
+            shutil.copy(newest / log_file.name, log_file) if newest else None
+        if not newest:
+            log_file.unlink(missing_ok=True)
     gather(None)  # the folder is there for all
     if sft_first:
         sft = Namespace(**vars(args) | DICE_SFT | {"output_dir": str(folder / "sft")})
-        sft.resume = sft.output_dir if (folder / "sft" / "args.json").exists() else None
-        if not (folder / "sft" / "results.json").exists():
+        begun, finished = (Path(sft.output_dir, x).exists() for x in ("args.json", "results.json"))
+        begun, finished = gather((begun, finished))[0]
+        sft.resume = sft.output_dir if begun else None
+        if not finished:
             say("\nSFT, which is to be π_ref, learns to roll fair dice")
             reproduce(start(sft, locks))
             say("\nand from there:")
@@ -1727,9 +1725,12 @@ def reproduce(run: Run) -> None:
             say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
         write_json(folder / "results.json", results, indent=2)
         say(f"the policy, its results and its answers are in {folder}")
-    share = results.get("gain_share", 1.0)
-    if args.as_is and share < 0.98:
-        raise RunError(f"this example should reach 98 % of the optimum's rise, and has {share:.1%}")
+    gather(None)  # it is there for all
+    if args.as_is and not (results["gain_share"] >= 0.98 and results["policy"]["valid"] >= 0.95):
+        share, valid = results["gain_share"], results["policy"]["valid"]
+        raise RunError(
+            f"of the optimum's rise it has {share:.1%}, of valid rolls {valid:.1%}: below 98, 95 %"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1746,7 +1747,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    keep_freed_memory()
+    # On a CPU with glibc let tensors reuse what others freed: by default blocks of over 32 MB go back
+    # to the system, which hands them out again page by page and cleared.
+    with suppress(AttributeError, TypeError, OSError):  # elsewhere there is no such thing
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays float32
     # Left to itself, torch takes one attention kernel for π_ref and another, with gradients, for π:
     # in bfloat16 they round differently, and log π/π_ref would show it.
@@ -1754,7 +1760,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     stop_signals.clear()
-    code, go_on = 0, "start again"
+    code, says, args = 0, "", None
     try:
         with ExitStack() as locks:
             meet_processes()
@@ -1765,24 +1771,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             elif args.resume and Path(args.resume, "results.json").exists():
                 say(f"{args.resume} is finished: see its results.json")
             else:
-                go_on = f"go on with --resume {args.output_dir}"
                 if args.dice:
                     torch.set_num_threads(1)  # so small a model is no faster with more
                 reproduce(start(args, locks))
     except UserError as error:
         code, says = 2, error
+    except (Stopped, KeyboardInterrupt) as error:
+        code, says = 128 + [*stop_signals, signal.SIGINT][0], str(error) or "stopped at once"
     except RunError as error:
-        code, says = 1, f"{error}; every checkpoint is kept"
-    except Stopped as error:
-        code, says = 128 + stop_signals[0], f"{error}; {go_on}"
-    except KeyboardInterrupt:
-        code, says = 128 + [*stop_signals, signal.SIGINT][0], f"stopped at once; {go_on}"
-    except (torch.OutOfMemoryError, MemoryError, OSError, SafetensorError) as error:
-        code, says = 1, f"{error or 'out of memory'}; what was complete is kept; {go_on}"
+        code, says = 1, error
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        code, says = 1, error or "out of memory"
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    if code and (RANK == 0 or code == 1):  # what all find, one says; what may have struck one, that
+    if code not in (0, 2) and args and Path(args.output_dir, "args.json").exists():
+        says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
+    if code and (RANK == 0 or code == 1 or not dist.is_initialized()):  # what all find, one says
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
     if code:
         sys.exit(code)

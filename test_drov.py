@@ -827,7 +827,7 @@ def test_a_model_judges_by_its_letters_and_must_hold_to_it_in_both_orders(tmp_pa
         ("--verdicts v.jsonl", "go with --compare"),
         ("--resume nothing", "it is no run"),
         ("--compare nothing", "no finished run"),
-        ("--split_mode prompt_fold --eval_prompts_per_fold 8 --eval_fold_index 5", "none of 0 to 4"),
+        ("--split_mode prompt_fold --eval_prompts_per_fold 8 --eval_fold_index 5", "must be 0 to 4"),
         ("--num_eval_prompts 240", "cannot hold out 240 of 240 prompts"),
         ("--model_name_or_path nobody/nothing", "--dice needs no network"),
         ("--dataset_name nobody/nothing", "--dice needs none"),
