@@ -1023,6 +1023,15 @@ def all_rolls(prompt: str) -> list[str]:
     return ["".join(roll) for roll in itertools.product(faces, repeat=dice)]
 
 
+def rolls_side(prompts: Iterable[str], manifest: dict, encoding: Callable, padding: str) -> Side:
+    """Every roll that `dice_report` looks at."""
+    rolls = [(prompt, roll) for prompt in prompts for roll in all_rolls(prompt)]
+    table = datasets.Dataset.from_dict(dict(zip(("prompt", "completion"), zip(*rolls))))
+    raw = np.array([dice_reward(*roll) for roll in rolls])
+    rewards = (raw - manifest["reward_mean"]) / manifest["reward_std"]
+    return make_side(table, rewards, encoding, padding)
+
+
 def dice_report(run: Run) -> dict:
     """How much of the attainable rise of Eq. 1 the policy has, exactly; prints and returns it.
 
@@ -1619,15 +1628,8 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         sides = {"train": Side(*part, np.arange(len(rows)))}
     if args.loss == "kto":
         sides["mismatched"] = mismatched(sides["train"])
-    diced = fold_of if args.dataset_name == "dice" and args.loss != "sft" else {}
-    rolls = [
-        {"prompt": prompt, "completion": roll} for prompt in diced for roll in all_rolls(prompt)
-    ]
-    if rolls:
-        table = datasets.Dataset.from_list(rolls)
-        raw = np.array([dice_reward(**roll) for roll in rolls])
-        rewards = (raw - manifest["reward_mean"]) / manifest["reward_std"]
-        sides["rolls"] = make_side(table, rewards, encoding, padding)
+    if args.dataset_name == "dice" and args.loss != "sft" and any(map(all_rolls, fold_of)):
+        sides["rolls"] = rolls_side(fold_of, manifest, encoding, padding)
     lengths = np.concatenate([side.lengths for side in sides.values()])
     (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
     needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy)
