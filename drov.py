@@ -717,7 +717,8 @@ def backward(run: Run, rows: np.ndarray, constant: Tensor | None, piece: np.ndar
     args, side, logps = run.args, run.sides["train"], sequence_logps(run.policy, batch)
     # The divisor is the whole batch's: cutting the batch changes no gradient.
     ref_logps, rewards, divisor = batch.get("ref_logps"), batch["rewards"], len(rows)
-    record = {} if args.loss == "sft" else {"log_ratio": logps - ref_logps, "reward": rewards}
+    if args.loss != "sft":
+        record = {"log_ratio": logps - ref_logps, "reward": rewards}
     if args.loss == "sft":  # maximum likelihood, a mean over tokens
         losses, divisor = -logps, int(side.lengths[rows, 1].sum())
         record = {"loss": losses, "completion_tokens": (batch["labels"] != -100).sum(-1)}
@@ -1648,9 +1649,10 @@ def start(args: Namespace, locks: ExitStack) -> Run:
                 locks.enter_context(lock)
         write_json(manifest_file, manifest, indent=2)
         log_file = folder / "metrics.jsonl"  # as it was when the checkpoint was written
-        with loading(newest, cure):
-            shutil.copy(newest / log_file.name, log_file) if newest else None
-        if not newest:
+        if newest:
+            with loading(newest, cure):
+                shutil.copy(newest / log_file.name, log_file)
+        else:
             log_file.unlink(missing_ok=True)
     gather(None)  # the folder is there for all
     if sft_first:
@@ -1789,7 +1791,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    if code not in (0, 2) and args and Path(args.output_dir, "args.json").exists():
+    files = {path.name for path in Path(args.output_dir).glob("*.json")} if args else set()
+    if code not in (0, 2) and "args.json" in files and "results.json" not in files:
         says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
     if code and (RANK == 0 or code == 1 or not dist.is_initialized()):  # what all find, one says
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
