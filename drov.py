@@ -117,9 +117,7 @@ def kto_loss(
 # `generate` know the two kinds; nothing else does.
 
 
-def load_policy(
-    source: str, revision: str | None = None, seed: int = 0
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer from a folder or the hub, in float32; for "dice" a byte-level T5 of
     0.2M random parameters. Raises UserError if anything is missing."""
     if source == "dice":
@@ -165,20 +163,19 @@ def make_deterministic(config: transformers.PreTrainedConfig) -> None:
             setattr(config, name, "gelu_pytorch_tanh")
 
 
+def position_limit(config: transformers.PreTrainedConfig) -> float:
+    """The most tokens a model has positions for; relative ones, such as T5's, have no end."""
+    limits = [getattr(config, x, None) for x in ("max_position_embeddings", "n_positions")]
+    relative = hasattr(config, "relative_attention_num_buckets")
+    return math.inf if relative else min(limit or math.inf for limit in limits)
+
+
 @contextmanager
 def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the product with the vocabulary, the largest of all, sees only selected states.
-
-    And it is in float32: in bfloat16 a logit has three digits, and rounding adds up over tokens.
-    """
-    head = model.get_output_embeddings()
-
-    def selected(states: Tensor) -> Tensor:
-        bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(states.device.type, enabled=False):
-            return F.linear(select(states).float(), head.weight.float(), bias)
-
-    head.forward = selected
+    """Within it, the product with the vocabulary, the largest of all, sees only selected states, and
+    is in float32: in bfloat16 a logit has three digits, and rounding adds up over tokens."""
+    head, exact = model.get_output_embeddings(), torch.autocast(DEVICE.type, enabled=False)
+    head.forward = exact(lambda states: type(head).forward(head, select(states).float()))
     try:
         yield
     finally:
@@ -268,12 +265,15 @@ def lines_of(path: str) -> Iterator[tuple[int, str]]:
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
     """The objects of a JSON Lines file, with their lines' numbers."""
-    for number, line in ((number, line) for number, line in lines_of(path) if line.strip()):
-        with suppress(ValueError, RecursionError):
-            if isinstance(row := json.loads(line), dict):
-                yield number, row
-                continue
-        raise UserError(f"{path}, line {number} is no JSON object: {line[:50]!r}")
+    for number, line in lines_of(path):
+        if line.strip():
+            row = None
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+            require(
+                isinstance(row, dict), f"{path}, line {number} is no JSON object: {line[:50]!r}"
+            )
+            yield number, row
 
 
 def read_rows(args: Namespace) -> Iterator[dict]:
@@ -286,14 +286,14 @@ def read_rows(args: Namespace) -> Iterator[dict]:
             yield from dice_rolls(args.seed)
         elif os.path.isdir(name) or not a_file:
             options = {"split": args.dataset_split, "revision": args.dataset_revision}
-            for batch in datasets.load_dataset(name, **options).iter(1000):
-                yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
+            yield from datasets.load_dataset(name, **options)
         elif ending == ".jsonl":
             yield from (row for _, row in read_jsonl(name))
         elif ending == ".json":
             rows = json.loads("".join(line for _, line in lines_of(name)))
-            for number, row in enumerate(rows if isinstance(rows, list) else [None], start=1):
-                require(isinstance(row, dict), f"{name}, item {number} is no object of an array")
+            require(isinstance(rows, list), f"{name} is no array")
+            for number, row in enumerate(rows, start=1):
+                require(isinstance(row, dict), f"{name}, item {number} is no object")
                 yield row
         elif ending == ".csv":
             csv.field_size_limit(2**31 - 1)
@@ -316,44 +316,44 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
 def triplets_of(row: dict, reward_key: str) -> Iterator[tuple[str, str, float] | str]:
-    """Usable (prompt, completion, reward), or why there is none: one, or, of UltraFeedback's rows,
-    one for each of the `completions`."""
-    if "completions" not in row or "completion" in row:
-        yield checked(row.get("prompt"), row.get("completion"), row.get("reward"))
-        return
+    """Usable (prompt, completion, reward), the prompt stripped, or the cause for which it is dropped:
+    one, or, of UltraFeedback's rows, one for each of the `completions`."""
     get = lambda part, key: part.get(key) if isinstance(part, dict) else None
-    keys = ("annotations", reward_key, "Rating") if reward_key in ASPECTS else (reward_key,)
-    answers = row["completions"] if isinstance(row["completions"], list) else []
-    for answer in answers or [None]:  # an empty list counts as one row that is dropped
-        reward = functools.reduce(get, keys, answer)
-        yield checked(row.get("instruction"), get(answer, "response"), reward)
+    parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
+    if "completions" in row and "completion" not in row:
+        keys = ("annotations", reward_key, "Rating") if reward_key in ASPECTS else (reward_key,)
+        answers = row["completions"] if isinstance(row["completions"], list) else []
+        rated = [(get(x, "response"), functools.reduce(get, keys, x)) for x in answers or [None]]
+        parts = [(row.get("instruction"), *pair) for pair in rated]
+    for *texts, reward in parts:
+        try:
+            prompt, completion = map(
+                text_of, texts, ("prompt", "completion"), ("user", "assistant")
+            )
+            (prompt + completion).encode()
+            # UltraFeedback's ratings are strings, thumbs may be booleans; float() would take "1_0".
+            number = str(reward).strip().lower().replace("_", "?")
+            reward = float({"true": 1, "false": 0}.get(number, number))
+            require(math.isfinite(reward), "reward that is not finite")
+            yield prompt.strip(), completion, reward
+        except UserError as error:
+            yield str(error)
+        except UnicodeEncodeError:  # half an emoji
+            yield "text that is no valid Unicode"
+        except (TypeError, ValueError, OverflowError):
+            yield "without a reward"
 
 
-def checked(prompt: Any, completion: Any, reward: Any) -> tuple[str, str, float] | str:
-    """The triplet, its prompt stripped, or the cause for which it is dropped."""
-    texts = []
-    for name, text, role in (("prompt", prompt, "user"), ("completion", completion, "assistant")):
-        if isinstance(text, list):  # chat messages
-            turn = text[0] if len(text) == 1 and isinstance(text[0], dict) else {}
-            if turn.get("role") != role:
-                return f"{name} that is not one {role} turn"
-            text = turn.get("content")
-        if not isinstance(text, str | None):
-            return f"{name} that is not text"
-        if not text or not text.strip():
-            return f"without a {name}"
-        texts.append(text)
-    try:
-        "".join(texts).encode()
-        # UltraFeedback's ratings are strings, thumbs may be booleans.
-        text = str(reward).strip().lower().replace("_", "?")  # which float() would pass over
-        reward = float({"true": 1, "false": 0}.get(text, text))
-    except UnicodeEncodeError:  # half an emoji
-        return "text that is no valid Unicode"
-    except (TypeError, ValueError, OverflowError):
-        return "without a reward"
-    finite = math.isfinite(reward)
-    return (texts[0].strip(), texts[1], reward) if finite else "reward that is not finite"
+def text_of(part: Any, name: str, role: str) -> str:
+    """A text as it stands, or that of a chat message; raises UserError with the cause for neither."""
+    match part:
+        case [{"role": speaker, "content": content}] if speaker == role:
+            part = content
+        case list():
+            raise UserError(f"{name} that is not one {role} turn")
+    require(isinstance(part, str | None), f"{name} that is not text")
+    require(part and part.strip(), f"without a {name}")
+    return part
 
 
 def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.Dataset:
@@ -362,8 +362,11 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
     Rows that cannot be used are left out, and counted by cause in a printed line and in `dropped`.
     Raises UserError if the data cannot be read, lack the columns or have no usable row.
     """
-    dropped, seen, tables = Counter() if dropped is None else dropped, set(), []
-    names = ("prompt", "completion", "reward")
+    dropped, seen, names = (
+        Counter() if dropped is None else dropped,
+        set(),
+        ("prompt", "completion", "reward"),
+    )
 
     def usable() -> Iterator[tuple[str, str, float]]:
         for row in progress(read_rows(args), "Reading", unit=" rows"):
@@ -374,14 +377,14 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
                 else:
                     dropped[triplet] += 1
 
-    rows = usable()
+    rows, tables = usable(), []
     while block := list(itertools.islice(rows, 8000)):  # all at once would take four times as much
         tables.append(datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*block))))))
     known = seen >= set(names) or seen >= {"instruction", "completions"}
     needs = "it needs prompt, completion and reward, or UltraFeedback's instruction and completions"
     require(known, f"{args.dataset_name} has the columns {sorted(seen)}: {needs}")
-    says = f"{sum(map(len, tables))} triplets from {args.dataset_name}; rows dropped: "
-    says += ", ".join(f"{count} {cause}" for cause, count in sorted(dropped.items())) or "none"
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(dropped.items())) or "none"
+    says = f"{sum(map(len, tables))} triplets from {args.dataset_name}; rows dropped: {causes}"
     require(tables, f"no usable row: {says}")
     say(says)
     return datasets.concatenate_datasets(tables)
@@ -401,8 +404,8 @@ def split_prompts(
     `num_eval_prompts`; prompt_fold one fold, or with "all" every fold (the paper's protocol: train
     once, answer all). Raises UserError if there are too few prompts, or no such fold.
     """
-    unique, first = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt)), 0
-    last = needed = num_eval_prompts
+    unique = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt))
+    first, last, needed = 0, num_eval_prompts, num_eval_prompts
     if mode == "prompt_fold":
         last = needed = num_eval_folds * eval_prompts_per_fold
         if eval_fold_index != "all":
@@ -410,9 +413,9 @@ def split_prompts(
             require(0 <= eval_fold_index < num_eval_folds, says)
             first = eval_fold_index * eval_prompts_per_fold
             last = first + eval_prompts_per_fold
-    flags = "--num_eval_prompts, or --num_eval_folds and --eval_prompts_per_fold"
+    says = f"cannot hold out {needed} of {len(unique)} prompts: lower --num_eval_prompts, or"
     enough = needed <= len(unique) and last - first < len(unique)
-    require(enough, f"cannot hold out {needed} of {len(unique)} prompts: lower {flags}")
+    require(enough, f"{says} --num_eval_folds and --eval_prompts_per_fold")
     return unique[:first] + unique[last:], unique[first:last]
 
 
@@ -472,26 +475,26 @@ def encode(
     counts, control = Counter() if counts is None else counts, special_tokens(tokenizer)
     spelling = "|".join(map(re.escape, filter(None, control))) or r"(?!)"
     spelt, cut = re.compile(spelling), re.compile(f"(?<=(?=(?:{spelling})).)", re.DOTALL)
-    unknown, sides = tokenizer.unk_token_id, {"prompt": [], "completion": []}
-    control = set(control.values()) - {unknown}
+    unknown, chain = tokenizer.unk_token_id, itertools.chain.from_iterable
+    control, sides = set(control.values()) - {unknown}, {"prompt": [], "completion": []}
     limits = (prompts, max_prompt_length), (completions, max_completion_length)
     for (name, side), (texts, limit) in zip(sides.items(), limits):
         before, behind = frame[name]
         room = limit - len(before) - len(behind)
         says = f"the frame takes {limit - room} tokens: --max_{name}_length must be more"
         require(room > 0, says)
+        # A text that comes twice is tokenised once; a special token's spelling, as pieces of it.
         parts = {text: cut.split(text) if spelt.search(text) else [text] for text in texts}
-        flat = list(itertools.chain.from_iterable(parts.values()))  # a text that comes twice, once
+        flat = list(chain(parts.values()))
         ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False).input_ids)
-        bodies = {
-            t: list(itertools.chain.from_iterable(next(ids) for _ in parts[t])) for t in parts
-        }
-        for body, pieces in ((bodies[text], parts[text]) for text in texts):
+        bodies = {text: list(chain(itertools.islice(ids, len(parts[text])))) for text in parts}
+        for text in texts:
+            body = bodies[text]
             if not control.isdisjoint(body):  # a normaliser has made a special token's spelling
                 body = [token for token in body if token not in control]
             counts["tokens"] += len(body)
             counts["unknown_tokens"] += body.count(unknown)
-            counts["special_spellings"] += len(pieces) > 1
+            counts["special_spellings"] += len(parts[text]) > 1
             counts[f"cut_{name}s"] += len(body) > room
             keeps_end = name == "prompt" or len(body) <= room
             side.append(before + body[-room:] + behind if keeps_end else (before + body)[:limit])
@@ -503,101 +506,101 @@ def encode(
 class Side:
     """N rows that go through the models: one side of the split, mismatched pairs, rolls of dice."""
 
-    table: datasets.Dataset  # prompt, input_ids, labels
+    prompts: list[str]
+    x: list[np.ndarray]  # each prompt's ids, in their frame
+    y: list[np.ndarray]  # each completion's
     rewards: Tensor  # (N,) normalised
-    lengths: np.ndarray  # (N, 2) tokens of prompt and completion
     padding: str  # the side of prompts that is padded
-    completion_of: np.ndarray  # (N,) the row whose completion stands here: with KTO not its own
     ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """(N, 2) tokens of prompt and completion."""
+        return np.stack([list(map(len, self.x)), list(map(len, self.y))], axis=1)
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Some rows on the device, padded by position: whatever stands there is masked."""
-        x, y = self.table[rows]["input_ids"], self.table[self.completion_of[rows]]["labels"]
-        ones, pad = [[1] * len(ids) for ids in x], nn.utils.rnn.pad_sequence
-        batch = {"rewards": self.rewards[rows], "labels": (y, -100, "right")}
-        batch |= {"input_ids": (x, 0, self.padding), "attention_mask": (ones, 0, self.padding)}
-        batch |= {} if self.ref_logps is None else {"ref_logps": self.ref_logps[rows]}
-        for name, (lists, *how) in ((k, v) for k, v in batch.items() if isinstance(v, tuple)):
-            batch[name] = pad([torch.tensor(ids, dtype=torch.int64) for ids in lists], True, *how)
+
+        def pad(ids: Iterable, value: int, side: str) -> Tensor:
+            ids = [torch.tensor(row, dtype=torch.int64) for row in ids]
+            return nn.utils.rnn.pad_sequence(ids, True, value, side)
+
+        x, y = [self.x[row] for row in rows], [self.y[row] for row in rows]
+        batch = {"input_ids": pad(x, 0, self.padding), "labels": pad(y, -100, "right")}
+        batch["attention_mask"] = pad([[1] * len(ids) for ids in x], 0, self.padding)
+        batch["rewards"] = self.rewards[rows]
+        if self.ref_logps is not None:
+            batch["ref_logps"] = self.ref_logps[rows]
         return {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in batch.items()}
 
 
-def make_side(table: datasets.Dataset, rewards: Any, encoding: Callable, padding: str) -> Side:
-    """Tokenise `prompt` and `completion`; `encoding` is `encode`, given all but the texts."""
-    lengths, ids = [], datasets.List(datasets.Value("int32"))
-
-    def tokenise(batch: dict) -> dict:
-        x, y = encoding(batch["prompt"], batch["completion"])
-        lengths.extend(zip(map(len, x), map(len, y)))
-        return {"input_ids": x, "labels": y}
-
-    features = {"prompt": datasets.Value("string"), "input_ids": ids, "labels": ids}
-    options = {"features": datasets.Features(features), "new_fingerprint": "0", "batched": True}
-    table = table.map(tokenise, remove_columns=["completion"], desc="Tokenising", **options)
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    return Side(table, rewards, np.array(lengths), padding, np.arange(len(lengths)))
+def make_side(prompts, completions, rewards, encoding: Callable, padding: str) -> Side:
+    """Tokenise N rows; `encoding` is `encode`, given all but the texts."""
+    side = Side(prompts, [], [], torch.tensor(rewards, dtype=torch.float32), padding)
+    for start in progress(range(0, len(prompts), 1000), "Tokenising"):
+        part = slice(start, start + 1000)
+        for known, ids in zip((side.x, side.y), encoding(prompts[part], completions[part])):
+            known.extend(np.array(row, dtype=np.int32) for row in ids)
+    return side
 
 
 def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict, dict, dict]:
     """Triplets → prompt split → normalised rewards → tokens. Returns the sides "train" and "eval",
     each held-out prompt's fold in the order of the split, and the manifest. Raises UserError."""
-    dropped, counts = Counter(), Counter()
+    dropped, counts, index, sides = Counter(), Counter(), args.eval_fold_index, {}
     triplets = load_triplets(args, dropped)
     row_prompts = triplets["prompt"][:]
     names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
     settings, sizes = {name: getattr(args, name) for name in names}, Counter(row_prompts)
     split = functools.partial(split_prompts, sizes, args.split_mode, **settings)
-    train, held_out = split(eval_fold_index=args.eval_fold_index)
-    indices = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
-    folds = {fold: split(eval_fold_index=fold)[1] for fold in indices}
-    asked = [fold for fold in folds if folds[fold][0] in set(held_out)]
+    fold_names = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
+    folds = {fold: split(eval_fold_index=fold)[1] for fold in fold_names}
+    asked = folds if index == "all" or args.split_mode == "prompt_seeded" else [index]
 
-    def limited(prompts: list[str], most: int | None, parts: int = 1) -> list[str]:
+    def limited(prompts: list[str], most: float) -> list[str]:
         """The first whole prompts of no more than `most` triplets; one at least."""
         total = np.cumsum([sizes[prompt] for prompt in prompts])
-        most = math.inf if most is None else most // parts
         return prompts[: max(1, int(np.searchsorted(total, most, side="right")))]
 
-    shares = {fold: limited(folds[fold], args.max_eval_samples, len(asked)) for fold in asked}
-    fold_of = {prompt: fold for fold in asked for prompt in shares[fold]}
-    kept = {"train": limited(train, args.max_train_samples), "eval": fold_of}
+    train = limited(split(eval_fold_index=index)[0], args.max_train_samples or math.inf)
+    share = (args.max_eval_samples or math.inf) / len(asked)
+    fold_of = {prompt: fold for fold in asked for prompt in limited(folds[fold], share)}
     names = ("dataset_name", "dataset_revision", "dataset_split", "reward_key", "split_mode")
     manifest = {name: getattr(args, name) for name in (*names, "eval_fold_index")} | settings
-    tables, raw, sides, read = {}, {}, {}, {}
-    for name, prompts in kept.items():
+    for name, prompts in {"train": train, "eval": fold_of}.items():
         wanted, digest = set(prompts), hashlib.sha256()
-        rows = [row for row, prompt in enumerate(row_prompts) if prompt in wanted]
-        tables[name] = triplets.select(rows)
-        for batch in tables[name].iter(1000):
+        table = triplets.select([i for i, prompt in enumerate(row_prompts) if prompt in wanted])
+        for batch in table.iter(1000):
             digest.update(json.dumps(batch).encode())
-        raw[name] = np.array(tables[name]["reward"][:])
-        manifest |= {f"{name}_rows": len(rows), f"{name}_prompts": len(prompts)}
+        texts, raw = (table["prompt"][:], table["completion"][:]), np.array(table["reward"][:])
+        if name == "train":
+            # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
+            # statistics that include the held-out rewards would leak them.
+            mean, std, low, high = (float(f(raw)) for f in (np.mean, np.std, np.min, np.max))
+            usable = 1e-12 * max(abs(low), abs(high)) < std < math.inf
+            says = f"training rewards lie between {low} and {high}: all equal but for rounding"
+            require(usable or args.loss == "sft", f"{says}, or too far")  # SFT reads none
+            std = std if usable else 1.0
+        encoder = functools.partial(encoding, counts=counts)
+        sides[name] = make_side(*texts, (raw - mean) / std, encoder, padding)
+        manifest |= {f"{name}_rows": len(raw), f"{name}_prompts": len(prompts)}
         manifest[f"{name}_prompts_sha256"] = sha256(*sorted(prompts))
         manifest[f"{name}_triplets_sha256"] = digest.hexdigest()
-    # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
-    # statistics that include the held-out rewards would leak them.
-    mean, std, low, high = (float(f(raw["train"])) for f in (np.mean, np.std, np.min, np.max))
-    usable = 1e-12 * max(abs(low), abs(high)) < std < math.inf
-    says = f"training rewards lie between {low} and {high}: all equal but for rounding, or too far"
-    require(usable or args.loss == "sft", says)  # SFT reads none
-    encoding, std = functools.partial(encoding, counts=counts), std if usable else 1.0
-    for name, table in tables.items():
-        table = table.remove_columns("reward")
-        side = sides[name] = make_side(table, (raw[name] - mean) / std, encoding, padding)
-        read[name] = {}  # each prompt as the model reads it
-        for batch in side.table.iter(1000):
-            read[name] |= zip(batch["prompt"], (hash(tuple(ids)) for ids in batch["input_ids"]))
-    known, rows = set(read["train"].values()), sum(map(len, tables.values()))
     manifest |= {"reward_mean": mean, "reward_std": std, "reward_min": low, "reward_max": high}
+    rows, known = (
+        sum(len(side.x) for side in sides.values()),
+        {x.tobytes() for x in sides["train"].x},
+    )
     manifest |= {name: counts[name] / rows for name in ("cut_prompts", "cut_completions")}
-    manifest["unknown_tokens"] = counts["unknown_tokens"] / max(1, counts["tokens"])
+    manifest["unknown_tokens"] = unknown = counts["unknown_tokens"] / max(1, counts["tokens"])
     manifest["special_spellings"] = counts["special_spellings"]
-    manifest["held_out_read_like_training"] = sum(x in known for x in read["eval"].values())
+    read_alike = [p for p, x in zip(sides["eval"].prompts, sides["eval"].x) if x.tobytes() in known]
+    manifest["held_out_read_like_training"] = len(set(read_alike))
     numbers = {k: x for k, x in manifest.items() if type(x) in (int, float) and k not in settings}
     say(", ".join(f"{name} {x:.6g}" for name, x in numbers.items()))
-    says = f"{manifest['unknown_tokens']:.0%} of the tokens are unknown to the tokenizer"
-    require(manifest["unknown_tokens"] <= 0.05, f"{says}: it is not made for these texts")
-    if manifest["unknown_tokens"]:
+    says = f"{unknown:.0%} of the tokens are unknown to the tokenizer"
+    require(unknown <= 0.05, f"{says}: it is not made for these texts")
+    if unknown:
         say("of unknown tokens: a T5's tokenizer has none for line breaks and braces")
     manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
     return sides, fold_of, manifest | {"dropped": dict(dropped)}
@@ -607,13 +610,12 @@ def mismatched(side: Side) -> Side:
     """KTO's mismatched pairs: each row's prompt with the completion of the row N/2 further on, or
     of the next one with another prompt."""
     codes = {}
-    prompts = np.array([codes.setdefault(p, len(codes)) for p in side.table["prompt"][:]])
-    require(prompts.max() > 0, "--loss kto needs a second training prompt, to mismatch answers")
+    prompts = np.array([codes.setdefault(prompt, len(codes)) for prompt in side.prompts])
+    require(len(codes) > 1, "--loss kto needs a second training prompt, to mismatch answers")
     partner = np.roll(np.arange(len(prompts)), -(len(prompts) // 2))
     while (same := prompts[partner] == prompts).any():
         partner[same] = (partner[same] + 1) % len(prompts)
-    lengths = np.stack([side.lengths[:, 0], side.lengths[partner, 1]], axis=1)
-    return Side(side.table, side.rewards, lengths, side.padding, partner)
+    return Side(side.prompts, side.x, [side.y[row] for row in partner], side.rewards, side.padding)
 
 
 def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
@@ -659,7 +661,6 @@ class Run:
     value_model: ValueModel | None = None
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # the last one done, or the one being done
-    in_training: bool = False  # then a signal is obeyed at the next log line
 
 
 def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
@@ -687,52 +688,101 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
         say(f"out of memory: going on with --micro_batch_tokens {args.micro_batch_tokens}")
 
 
+def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc="") -> list:
+    """`function(piece, batch)`, an item for each row of a piece, without gradients and in length
+    order: the items of all `rows`, in their order, on all processes."""
+
+    @torch.no_grad()
+    def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
+        if stop_signals and run.step == 0:  # later, at a log line, with a checkpoint
+            raise Stopped("stopped")
+        return list(zip(piece.tolist(), function(piece, batch), strict=True))
+
+    chunks = micro_batches(rows, side.lengths, 16 * run.args.micro_batch_tokens)
+    parts = gather([in_pieces(run, side, chunk, work) for chunk in progress(chunks, desc)])
+    flat = itertools.chain.from_iterable
+    items = dict(flat(flat(flat(parts))))
+    return [items[row] for row in rows.tolist()]
+
+
+def score(run: Run, side: Side, rows=None, desc="", values=False) -> tuple[Tensor, Tensor]:
+    """log π(y|x) and, with `values`, V(x) of a side or of some of its rows, (N,) each."""
+
+    def function(piece: np.ndarray, batch: dict[str, Tensor]) -> list[list[float]]:
+        logps = sequence_logps(run.policy, batch)
+        V = run.value_model if values and run.value_model else lambda x, mask: logps * math.nan
+        return torch.stack([logps, V(batch["input_ids"], batch["attention_mask"])], -1).tolist()
+
+    rows = np.arange(len(side.x)) if rows is None else rows
+    items = for_each(run, side, rows, function, desc)
+    return torch.tensor(items, dtype=torch.float32).reshape(-1, 2).unbind(-1)
+
+
+def fix_reference(run: Run) -> None:
+    """Score with π_ref, which is the policy before its first step, once; the numbers are on disk.
+
+    No copy of π_ref is kept, and no step runs one. A resumed run reads the numbers.
+    """
+    args, file = run.args, Path(run.args.output_dir, "reference_logps.safetensors")
+    if not gather(file.exists())[0]:
+        require(run.step == 0, f"{file} is gone, and π_ref with it: start again, elsewhere")
+        total, logps, started = len(run.sides["train"].x), {}, time.perf_counter()
+        # Score no row that is not going to be used: the first epoch, as `step_rows` has it.
+        visited = step_rows(1, total, total, args.seed)[: args.max_steps * args.train_batch_size]
+        for name, side in run.sides.items():
+            rows = visited if name in ("train", "mismatched") else np.arange(len(side.x))
+            logps[name] = torch.full((len(side.x),), math.nan)
+            logps[name][rows] = score(run, side, rows, f"π_ref on {name} rows")[0]
+            if name == "train":
+                log(run, {"reference_seconds": time.perf_counter() - started})
+        on_first(lambda: write(file, lambda path: save_file(logps, path)))
+    for name, logps in load_file(file).items():
+        run.sides[name].ref_logps = logps
+
+
 def batch_constant(run: Run, rows: np.ndarray) -> Tensor | None:
     """What a loss needs to know of the whole batch before any gradient.
 
     For `--value batch` the mean of u = r − τ log π/π_ref. As a constant V it makes DRO-V's policy
     loss DRO-P: the gradient of ½ Var(u) is mean((u − ū) ∇u). For KTO z₀, the mean of log π/π_ref on
-    mismatched pairs, at least 0.
+    mismatched pairs, at least 0, and the mean reward.
     """
-    kto = run.args.loss == "kto"
-    if not kto and run.args.value != "batch":
-        return None
-
-    @torch.no_grad()
-    def work(piece: np.ndarray, batch: dict[str, Tensor]) -> float:
-        log_ratio = sequence_logps(run.policy, batch) - batch["ref_logps"]
-        terms = log_ratio if kto else batch["rewards"] - run.args.tau * log_ratio
-        return terms.double().sum().item()
-
-    sums = gather(sum(in_pieces(run, run.sides["mismatched" if kto else "train"], rows, work)))
-    mean = torch.tensor(sum(sums) / len(rows), dtype=torch.float32, device=DEVICE)
-    return mean.clamp(min=0) if kto else mean
+    kto, constant = run.args.loss == "kto", None
+    if kto or run.args.value == "batch":
+        side = run.sides["mismatched" if kto else "train"]
+        log_ratio, rewards = score(run, side, rows)[0] - side.ref_logps[rows], side.rewards[rows]
+        constant = (rewards - run.args.tau * log_ratio).mean()
+        if kto:
+            constant = torch.stack([log_ratio.mean().clamp(min=0), rewards.mean()])
+    return constant if constant is None else constant.to(DEVICE)
 
 
-def backward(run: Run, rows: np.ndarray, constant: Tensor | None, piece: np.ndarray, batch: dict):
-    """Add a piece's part of the step's gradient; returns what is logged, a tensor for each name.
+def row_losses(run: Run, batch: dict, constant: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each row's loss, and what is logged of it, (B,) each.
 
     Another loss is a function like `kto_loss`, a branch here, and a name in `make_parser`.
     """
-    args, side, logps = run.args, run.sides["train"], sequence_logps(run.policy, batch)
-    # The divisor is the whole batch's: cutting the batch changes no gradient.
-    ref_logps, rewards, divisor = batch.get("ref_logps"), batch["rewards"], len(rows)
-    if args.loss != "sft":
-        record = {"log_ratio": logps - ref_logps, "reward": rewards}
-    if args.loss == "sft":  # maximum likelihood, a mean over tokens
-        losses, divisor = -logps, int(side.lengths[rows, 1].sum())
-        record = {"loss": losses, "completion_tokens": (batch["labels"] != -100).sum(-1)}
-    elif args.loss == "kto":
-        desirable = rewards > side.rewards[rows].double().mean().item() + 1e-6  # rounding is none
-        losses = record["loss"] = kto_loss(logps, ref_logps, desirable, constant, args.tau)
-    else:
-        V = run.value_model if constant is None else lambda x, mask: constant.expand(len(x))
-        values = record["value"] = V(batch["input_ids"], batch["attention_mask"])
-        policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
-        losses = policy_loss + value_loss
+    args, logps = run.args, sequence_logps(run.policy, batch)
+    if args.loss == "sft":  # maximum likelihood
+        return -logps, {"loss": -logps, "completion_tokens": (batch["labels"] != -100).sum(-1)}
+    ref_logps, rewards = batch["ref_logps"], batch["rewards"]
+    record = {"log_ratio": logps - ref_logps, "reward": rewards}
+    if args.loss == "kto":
+        desirable = rewards > constant[1] + 1e-6  # less is rounding
+        losses = record["loss"] = kto_loss(logps, ref_logps, desirable, constant[0], args.tau)
+        return losses, record
+    V = run.value_model if constant is None else lambda x, mask: constant.expand(len(x))
+    values = record["value"] = V(batch["input_ids"], batch["attention_mask"])
+    policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
+    return policy_loss + value_loss, record
+
+
+def backward(run: Run, constant: Tensor | None, divisor: float, piece: np.ndarray, batch: dict):
+    """Add a piece's part of the step's gradient; returns what is logged, a tensor for each name."""
+    losses, record = row_losses(run, batch, constant)
     with torch.autocast(DEVICE.type, enabled=False):
         (losses.sum() / divisor).backward()
-    record["tokens"] = torch.tensor([side.lengths[piece].sum()])
+    record["tokens"] = torch.tensor([run.sides["train"].lengths[piece].sum()])
     record["padded_tokens"] = torch.tensor([batch["input_ids"].numel() + batch["labels"].numel()])
     return {name: tensor.detach() for name, tensor in record.items()}
 
@@ -742,19 +792,20 @@ def train(run: Run) -> None:
     args, side, groups = run.args, run.sides["train"], run.optimizer.param_groups
     parameters = [parameter for group in groups for parameter in group["params"]]
     # Networks are clipped each by itself; a shared backbone makes them one.
-    shared = args.share_policy_and_value_backbone
-    networks = {"grad_norm": parameters if shared else groups[0]["params"]}
-    if len(groups) > 1 and not shared:
-        networks["value_grad_norm"] = groups[1]["params"]
+    parts = [group["params"] for group in groups]
+    parts = [parameters] if args.share_policy_and_value_backbone else parts
+    networks = dict(zip(("grad_norm", "value_grad_norm"), parts))
     # The + 1 and steps from 1: neither the first step nor the last has a learning rate of 0.
     schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, args.max_steps + 1)
     factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
-    window, run.in_training = defaultdict(list), True  # recorded since the last log line, by name
-    bar = progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps")
-    for run.step in bar:
+    window = defaultdict(list)  # recorded since the last log line, by name
+    steps = range(run.step + 1, args.max_steps + 1)
+    for run.step in progress(steps, f"{args.loss} steps"):
         started = time.perf_counter()
-        rows = step_rows(run.step, len(side.rewards), args.train_batch_size, args.seed)
-        work = functools.partial(backward, run, rows, batch_constant(run, rows))
+        rows = step_rows(run.step, len(side.x), args.train_batch_size, args.seed)
+        # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
+        divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
+        work = functools.partial(backward, run, batch_constant(run, rows), divisor)
         for record in in_pieces(run, side, rows, work):
             for name, tensor in record.items():
                 window[name].append(tensor)
@@ -789,10 +840,9 @@ def train(run: Run) -> None:
             evaluate(run)
         stop = any(gather(bool(stop_signals)))
         if save or stop:
-            save_checkpoint(run)
+            on_first(lambda: save_checkpoint(run))
         if stop:
             raise Stopped(f"stopped after step {run.step}, with a checkpoint")
-    run.in_training = False
 
 
 def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | None]:
@@ -814,9 +864,8 @@ def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | 
     metrics |= {name: mean[name] for name in ("grad_norm", "value_grad_norm") if name in mean}
     if "seconds" in pooled:
         tokens, seconds = pooled["tokens"].sum(), pooled["seconds"].sum() / WORLD_SIZE
-        padding = 1 - tokens / pooled["padded_tokens"].sum()
         metrics |= {"step_seconds": mean["seconds"], "tokens_per_second": tokens / seconds}
-        metrics["padding"] = padding
+        metrics["padding"] = 1 - tokens / pooled["padded_tokens"].sum()
     return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
 
 
@@ -832,82 +881,24 @@ def log(run: Run, metrics: dict[str, float | None]) -> None:
 # ----------------------------------------------------------------------------------- evaluation
 
 
-def for_each(run: Run, side: Side, function: Callable, desc: str, rows=None) -> list:
-    """`function(batch, piece)`, an item for each row of a piece, on all rows of a side, or `rows`,
-    in length order, under a bar. Returns N items, None for other rows, to all processes."""
-
-    @torch.no_grad()
-    def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
-        if stop_signals and not run.in_training:
-            raise Stopped("stopped")
-        return list(zip(piece.tolist(), function(batch, piece), strict=True))
-
-    items, rows = [None] * len(side.lengths), np.arange(len(side.lengths)) if rows is None else rows
-    chunks = micro_batches(rows, side.lengths, 16 * run.args.micro_batch_tokens)
-    parts = gather([in_pieces(run, side, chunk, work) for chunk in progress(chunks, desc)])
-    flat = itertools.chain.from_iterable
-    for row, item in flat(flat(flat(parts))):
-        items[row] = item
-    return items
-
-
-def score(run: Run, side: Side, desc: str, rows=None, values=True) -> tuple[Tensor, Tensor]:
-    """log π(y|x) and V(x) of a side, (N,) each: NaN in rows not asked for, and where there is no V."""
-
-    def function(batch: dict[str, Tensor], piece: np.ndarray) -> list[list[float]]:
-        logps = sequence_logps(run.policy, batch)
-        V = run.value_model if values and run.value_model else lambda x, mask: logps * math.nan
-        return torch.stack([logps, V(batch["input_ids"], batch["attention_mask"])], -1).tolist()
-
-    items = [item or [math.nan] * 2 for item in for_each(run, side, function, desc, rows)]
-    return torch.tensor(items).unbind(-1)
-
-
-def fix_reference(run: Run) -> None:
-    """Score with π_ref, which is the policy before its first step, once; the numbers are on disk.
-
-    No copy of π_ref is kept, and no step runs one. A resumed run reads the numbers.
-    """
-    args, file = run.args, Path(run.args.output_dir, "reference_logps.safetensors")
-    if not gather(file.exists())[0]:
-        require(run.step == 0, f"{file} is gone, and π_ref with it: start again, elsewhere")
-        total, logps, started = len(run.sides["train"].rewards), {}, time.perf_counter()
-        # Score no row that is not going to be used: the first epoch, as `step_rows` has it.
-        visited = step_rows(1, total, total, args.seed)[: args.max_steps * args.train_batch_size]
-        for name, side in run.sides.items():
-            rows = visited if name in ("train", "mismatched") else None
-            logps[name] = score(run, side, f"π_ref on {name} rows", rows, values=False)[0].clone()
-            if name == "train":
-                log(run, {"reference_seconds": time.perf_counter() - started})
-        if RANK == 0:
-            with atomic(file) as temporary:
-                save_file(logps, temporary)
-    gather(None)  # the file is there for all
-    for name, logps in load_file(file).items():
-        run.sides[name].ref_logps = logps
-
-
 def check_alike(run: Run) -> None:
-    """Score the first batch twice, as the loop does it. Raises RunError if that makes a difference:
-    then there is randomness in the model, and log π/π_ref would not mean what it says."""
+    """Score the first batch twice. Raises RunError if that makes a difference: then there is
+    randomness in the model, and log π/π_ref would not mean what it says."""
     side = run.sides["train"]
-    rows = np.unique(step_rows(1, len(side.rewards), run.args.train_batch_size, run.args.seed))
-    work = lambda piece, batch: (piece, sequence_logps(run.policy, batch).detach().cpu())
-    once, again = (in_pieces(run, side, rows, work) for _ in range(2))
-    for (_, a), (_, b) in zip(once, again):
-        if not torch.allclose(a, b, rtol=1e-3, atol=1e-3):
-            advice = "look in its config for a rate of dropout or noise that is not 0"
-            raise RunError(f"the model does not score a batch alike twice: {advice}")
+    rows = np.unique(step_rows(1, len(side.x), run.args.train_batch_size, run.args.seed))
+    once, again = (score(run, side, rows)[0] for _ in range(2))
+    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
+        advice = "look in its config for a rate of dropout or noise that is not 0"
+        raise RunError(f"the model does not score a batch alike twice: {advice}")
     if side.ref_logps is not None:
-        parts = itertools.chain.from_iterable(gather(once))
-        rms = torch.cat([a - side.ref_logps[piece] for piece, a in parts]).square().mean().sqrt()
-        say(f"before the first step log π/π_ref is {rms:.2g} on its batch (root mean square)")
+        off = (once - side.ref_logps[rows]).square().mean().sqrt()
+        say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
 
 
 def rows_by_prompt(side: Side) -> dict[str, list[int]]:
     """The rows of each prompt."""
     rows = defaultdict(list)
-    for row, prompt in enumerate(side.table["prompt"][:]):
+    for row, prompt in enumerate(side.prompts):
         rows[prompt].append(row)
     return rows
 
@@ -915,7 +906,7 @@ def rows_by_prompt(side: Side) -> dict[str, list[int]]:
 def evaluate(run: Run) -> None:
     """Log the held-out numbers as eval_…. They mean the same for every loss: methods compare."""
     side, metrics, right = run.sides["eval"], {}, []
-    logps, values = score(run, side, "π and V on held-out rows")
+    logps, values = score(run, side, desc="π and V on held-out rows", values=True)
     numbers = {"loss": -logps, "completion_tokens": torch.from_numpy(side.lengths[:, 1])}
     if run.args.loss != "sft":
         numbers = {"log_ratio": logps - side.ref_logps, "reward": side.rewards}
@@ -950,26 +941,25 @@ class Sampler(transformers.LogitsProcessor):
 def generate(run: Run) -> None:
     """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
     args, policy, side = run.args, run.policy, copy.copy(run.sides["eval"])
-    prompt_of = {rows[0]: prompt for prompt, rows in rows_by_prompt(side).items()}
+    seq2seq, behind = policy.config.is_encoder_decoder, run.frame["completion"][1]
+    first_rows = {prompt: rows[0] for prompt, rows in rows_by_prompt(side).items()}
     # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
-    room = np.full(len(side.lengths), args.max_new_tokens)
+    room = np.full(len(side.x), args.max_new_tokens)
     side.lengths = np.stack([side.lengths[:, 0], room], axis=1) / 8
-    behind, seq2seq = run.frame["completion"][1], policy.config.is_encoder_decoder
     ends = {behind[-1], run.tokenizer.eos_token_id} - {None}
     config = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "num_beams": 1}
     config |= {"eos_token_id": sorted(ends), "pad_token_id": behind[-1]}
     config |= {"decoder_start_token_id": policy.config.decoder_start_token_id} if seq2seq else {}
 
-    def answer(batch: dict[str, Tensor], piece: np.ndarray) -> list[tuple[str, bool]]:
+    def answer(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[str, bool]]:
         width, answers = 1 if seq2seq else batch["input_ids"].shape[1], []
-        seeds = [int(sha256(args.seed, prompt_of[row])[:16], 16) for row in piece]
+        seeds = [int(sha256(args.seed, side.prompts[row])[:16], 16) for row in piece]
         uniform = [np.random.default_rng(seed).random(args.max_new_tokens) for seed in seeds]
         sampler = Sampler(torch.from_numpy(np.stack(uniform)).to(DEVICE), args.temperature, width)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        inputs["logits_processor"] = [sampler] if args.temperature else []
         with head_reads(policy, lambda states: states):
-            ids = policy.generate(**inputs)[:, width:].tolist()
-        for tokens in ids:
+            ids = policy.generate(**inputs, logits_processor=[sampler] if args.temperature else [])
+        for tokens in ids[:, width:].tolist():
             end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
             tokens = tokens[:end]
             tokens = tokens[: -len(behind)] if tokens[-len(behind) :] == behind else tokens
@@ -981,15 +971,14 @@ def generate(run: Run) -> None:
     own = policy.generation_config
     policy.generation_config = transformers.GenerationConfig(**config)
     policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
-    answers = for_each(run, side, answer, "Answering", np.array(sorted(prompt_of)))
+    rows = np.array([first_rows[prompt] for prompt in run.fold_of])
+    answers = for_each(run, side, rows, answer, "Answering")
     policy.train().generation_config = own
-    answers = {prompt: answers[row] for row, prompt in prompt_of.items()}
-    lines = []
-    for prompt, fold in run.fold_of.items():
-        text, ended = answers[prompt]
-        lines.append({"prompt": prompt, "fold": fold, "completions": [text], "finished": [ended]})
-    if RANK == 0:
-        write_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines)
+    lines = [
+        {"prompt": prompt, "fold": fold, "completions": [text], "finished": [ended]}
+        for (prompt, fold), (text, ended) in zip(run.fold_of.items(), answers)
+    ]
+    on_first(lambda: write_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines))
 
 
 # ----------------------------------------------------------------------------------------- dice
@@ -1010,27 +999,20 @@ def dice_rolls(seed: int) -> Iterator[dict]:
             yield row | {"reward": int(roll.sum())}
 
 
-def dice_reward(prompt: str, completion: str) -> int | None:
-    """The true reward: the sum of the faces, or None for what is not a roll of these dice."""
+def all_rolls(prompt: str) -> dict[str, int]:
+    """Every valid roll and its reward, the sum of its faces."""
     dice, sides = map(int, prompt.rsplit(" ", 1)[1].split("d"))
-    faces = ["12345678".find(face) + 1 for face in completion]  # 0 for what is no face
-    return sum(faces) if len(faces) == dice and all(1 <= face <= sides for face in faces) else None
-
-
-def all_rolls(prompt: str) -> list[str]:
-    """Every valid roll, in order; of more than 3 dice, none."""
-    dice, sides = map(int, prompt.rsplit(" ", 1)[1].split("d"))
-    faces = "12345678"[:sides] if dice <= 3 else ""
-    return ["".join(roll) for roll in itertools.product(faces, repeat=dice)]
+    rolls = itertools.product(range(1, sides + 1), repeat=dice)
+    return {"".join(map(str, roll)): sum(roll) for roll in rolls}
 
 
 def rolls_side(prompts: Iterable[str], manifest: dict, encoding: Callable, padding: str) -> Side:
-    """Every roll that `dice_report` looks at."""
-    rolls = [(prompt, roll) for prompt in prompts for roll in all_rolls(prompt)]
-    table = datasets.Dataset.from_dict(dict(zip(("prompt", "completion"), zip(*rolls))))
-    raw = np.array([dice_reward(*roll) for roll in rolls])
-    rewards = (raw - manifest["reward_mean"]) / manifest["reward_std"]
-    return make_side(table, rewards, encoding, padding)
+    """Every roll that `dice_report` looks at: of the prompts of at most three dice."""
+    few = [prompt for prompt in prompts if not prompt.split()[-1].startswith("4")]
+    rolls = [(prompt, *roll) for prompt in few for roll in all_rolls(prompt).items()]
+    prompts, completions, raw = zip(*rolls)
+    rewards = (np.array(raw) - manifest["reward_mean"]) / manifest["reward_std"]
+    return make_side(prompts, completions, rewards, encoding, padding)
 
 
 def dice_report(run: Run) -> dict:
@@ -1041,34 +1023,31 @@ def dice_report(run: Run) -> dict:
     trained gives π* and V* = J(π*).
     """
     tau, side = run.args.tau, run.sides["rolls"]
-    logps, values = score(run, side, "every roll")
+    logps, values = score(run, side, desc="every roll", values=True)
     table, errors, shown = {"π_ref": [], "π_θ": [], "π*": []}, [], {}
     for prompt, rows in rows_by_prompt(side).items():
-        rolls, rewards = all_rolls(prompt), side.rewards[rows].double()
+        rewards = side.rewards[rows].double()
         raw = rewards * run.manifest["reward_std"] + run.manifest["reward_mean"]
-        logs = {"π_ref": side.ref_logps[rows].double(), "π_θ": logps[rows].double()}
-        valid = {name: x.exp().sum() for name, x in logs.items()}
-        logs = {name: x.log_softmax(0) for name, x in logs.items()}
+        masses = {"π_ref": side.ref_logps[rows].double(), "π_θ": logps[rows].double()}
+        logs = {name: x.log_softmax(0) for name, x in masses.items()}
         value = tau * (logs["π_ref"] + rewards / tau).logsumexp(0)  # V*(x)
-        logs["π*"] = logs["π_ref"] + (rewards - value) / tau  # Eq. 2
+        logs["π*"] = masses["π*"] = logs["π_ref"] + (rewards - value) / tau  # Eq. 2
         for name, x in logs.items():
-            kl = x.exp() @ (x - logs["π_ref"])
-            numbers = (x.exp() @ raw, valid.get(name, torch.nan), kl, x.exp() @ rewards - tau * kl)
+            p, kl = x.exp(), x.exp() @ (x - logs["π_ref"])
+            numbers = (p @ raw, masses[name].exp().sum(), kl, p @ rewards - tau * kl)
             table[name].append([float(number) for number in numbers])  # the last is Eq. 1
         errors.append(values[rows[0]].item() - value.item())
-        p = {name: x.exp() for name, x in logs.items()}
-        shown[abs(len(rolls) - 6)] = (prompt, rolls[:8], p)
-    prompt, rolls, p = shown[min(shown)]
+        shown[abs(len(rows) - 6)] = prompt, {name: x.exp().tolist() for name, x in logs.items()}
+    prompt, p = shown[min(shown)]
     say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
-    for i, name in itertools.product(range(len(rolls)), table):
-        start = rolls[i] if name == "π_ref" else " " * len(rolls[i])
-        say(f"{start}  {name:<6}{p[name][i]:6.1%} {'█' * round(60 * p[name][i].item())}")
+    for (i, roll), name in itertools.product(enumerate(list(all_rolls(prompt))[:8]), table):
+        start = roll if name == "π_ref" else " " * len(roll)
+        say(f"{start}  {name:<6}{p[name][i]:6.1%} {'█' * round(60 * p[name][i])}")
     say(f"\nExactly, over every roll of {len(errors)} held-out prompts of at most three dice:")
     say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
     results, columns = {"tau": tau}, ("reward", "valid", "kl", "objective")
     for key, (name, rows) in zip(("sft", "policy", "optimum"), table.items()):
         x = results[key] = dict(zip(columns, np.mean(rows, axis=0).tolist()))
-        x["valid"] = x["valid"] if key != "optimum" else 1.0
         line = "{reward:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}"
         say(f"{name:<8}{line.format(**x)}")
     low, reached, best = (results[key]["objective"] for key in ("sft", "policy", "optimum"))
@@ -1099,6 +1078,8 @@ Response B:
 
 Which response is better? Answer with one letter, A or B.
 Answer:"""
+PROTOCOL = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed",
+            "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature")  # fmt: skip
 
 
 def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], dict[str, dict]]:
@@ -1110,11 +1091,9 @@ def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], 
             files = ("args.json", "prompt_split_manifest.json", "results.json")
             args, manifest, _ = (load_json(Path(name, file)) for file in files)
             step = 0 if at_start else args["args"]["max_steps"]
-            lines = [x for _, x in read_jsonl(f"{name}/generations-{step}.jsonl")]
-        protocols[name] = {"held_out": manifest["held_out"]}
-        for key in ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed",
-                    "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature"):  # fmt: skip
-            protocols[name][key] = args["args"][key]
+            lines = [line for _, line in read_jsonl(f"{name}/generations-{step}.jsonl")]
+        protocols[name] = {key: args["args"][key] for key in PROTOCOL}
+        protocols[name]["held_out"] = manifest["held_out"]
         missing = manifest["eval_prompts"] - len(lines)
         require(not missing, f"{name} has {len(lines)} answers, {missing} fewer than prompts")
         for line in lines:
@@ -1125,25 +1104,28 @@ def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], 
 
 
 def make_pairs(ours: dict[str, dict], theirs: dict[str, dict]) -> list[dict]:
-    """What a judge sees, {"id", "prompt", "A", "B"}, and "fold", "ours": which of A, B is ours.
+    """What a judge sees, {"id", "prompt", "A", "B"}, with "fold", whose "runs" they are, and "ours",
+    which of A and B is ours.
 
     The id, and which text is A, come from a hash of the prompt and the two texts alone: swapping
     the sides, or cutting the folds into several runs, changes neither.
     """
     pairs = []
     for prompt, line in ours.items():
-        a, b = sorted([line["completions"][0], theirs[prompt]["completions"][0]])
+        sides = [(x["completions"][0], x["run"]) for x in (line, theirs[prompt])]
+        (a, b), mine = sorted(text for text, _ in sides), sides[0][0]
         digest = sha256(json.dumps([prompt, a, b]))
         a, b = (a, b) if int(digest[-1], 16) % 2 else (b, a)
-        mine = "A" if a == line["completions"][0] else "B"
-        pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b}
-        pairs.append(pair | {"fold": line["fold"], "ours": mine})
+        runs = dict(zip("AB", (run for _, run in (sides if a == mine else sides[::-1]))))
+        pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b, "fold": line["fold"]}
+        pairs.append(pair | {"runs": runs, "ours": "A" if a == mine else "B"})
     return pairs
 
 
 def judge_by_reward(pairs: list[dict]) -> np.ndarray:
     """1 where A has the higher true reward, 0 where B has, ½ for a tie. Any roll beats no roll."""
-    rewards = np.array([[dice_reward(p["prompt"], p[x]) or -1 for x in "AB"] for p in pairs])
+    rolls = {pair["prompt"]: all_rolls(pair["prompt"]) for pair in pairs}
+    rewards = np.array([[rolls[p["prompt"]].get(p[x], -1) for x in "AB"] for p in pairs])
     return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
 
 
@@ -1151,26 +1133,29 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     """1 where the model prefers A, 0 where B, in both orders; ½ where it does not hold to it; NaN
     for a pair that it has no positions for. Raises UserError if it does not answer with A or B."""
     name, (model, tokenizer) = args.judge_model, load_policy(args.judge_model)
-    model, seq2seq = model.to(DEVICE).eval(), model.config.is_encoder_decoder
+    seq2seq, limit = model.config.is_encoder_decoder, position_limit(model.config)
     frame = text_frame(tokenizer, seq2seq)
     space = "" if tokenizer.chat_template and not seq2seq else " "
     letters = [tokenizer.encode(space + letter, add_special_tokens=False) for letter in "AB"]
     shared = len(os.path.commonprefix(letters))  # of a byte-level tokenizer the space
-    letters = [frame["completion"][0] + ids[: shared + 1] for ids in letters]
-    require(letters[0] != letters[1], f"{name} cannot judge: its tokenizer tells no A from B")
+    letters = {x: frame["completion"][0] + y[: shared + 1] for x, y in zip("AB", letters)}
+    require(letters["A"] != letters["B"], f"{name} cannot judge: its tokenizer tells no A from B")
+
+    def encoding(texts: list[str], answers: list[str]) -> tuple[list, list]:
+        x, _ = encode(texts, answers, tokenizer, frame, sys.maxsize, sys.maxsize)
+        return x, [letters[answer] for answer in answers]
+
     orders = [(pair, pair | {"A": pair["B"], "B": pair["A"]}) for pair in pairs]
     texts = [JUDGE_PROMPT.format_map(pair) for pair in itertools.chain.from_iterable(orders)]
-    x, _ = encode(texts, ["A"] * len(texts), tokenizer, frame, sys.maxsize, sys.maxsize)
-    rows = {"input_ids": [ids for ids in x for _ in letters], "labels": letters * len(x)}
-    lengths = np.array([[len(ids), len(letters[0])] for ids in rows["input_ids"]])
-    table, pad = datasets.Dataset.from_dict(rows), "right" if seq2seq else "left"
-    run = Run(args, model, tokenizer, frame)
-    fits = (lengths if seq2seq else lengths.sum(1, keepdims=True)).max(1) <= position_limit(model)
-    fits = fits.reshape(-1, 4).all(1)
-    side = Side(table, torch.zeros(len(lengths)), lengths, pad, np.arange(len(lengths)))
-    logps, _ = score(run, side, "Judging", np.flatnonzero(fits.repeat(4)))
-    logps = logps.double().numpy().reshape(-1, 2, 2)  # pair, order, letter
-    mass = np.exp(logps[fits]).sum(-1).mean() if fits.any() else math.nan
+    rows = [(text, letter) for text in texts for letter in "AB"]  # pair, order, letter
+    side = make_side(*zip(*rows), np.zeros(len(rows)), encoding, "right" if seq2seq else "left")
+    needed = side.lengths.max(1) if seq2seq else side.lengths.sum(1)
+    fits = (needed <= limit).reshape(-1, 4).all(1)
+    logps = np.full((len(pairs), 2, 2), math.nan)
+    if fits.any():
+        run = Run(args, model.to(DEVICE).eval(), tokenizer, frame)
+        logps[fits] = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2)
+    mass = np.nanmean(np.exp(logps).sum(-1)) if fits.any() else 0.0
     say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
     require(mass >= 0.1, f"{name} cannot judge: it gives A and B together {mass:.1%}, not 10 %")
     margins = np.stack([logps[:, 0, 0] - logps[:, 0, 1], logps[:, 1, 1] - logps[:, 1, 0]])
@@ -1183,7 +1168,7 @@ def read_verdicts(file: str, pairs: list[dict]) -> np.ndarray:
     given, points = defaultdict(list), {"A": 1.0, "B": 0.0, "tie": 0.5}
     with loading(file, "--verdicts needs a file of JSON Lines"):
         for number, line in read_jsonl(file):
-            fits = isinstance(line.get("id"), str) and line.get("winner") in ("A", "B", "tie")
+            fits = isinstance(line.get("id"), str) and line.get("winner") in list(points)
             require(fits, f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie')
             given[line["id"]].append(points[line["winner"]])
     known = {pair["id"] for pair in pairs}
@@ -1235,49 +1220,49 @@ def compare(args: Namespace) -> None:
         known = "pairs.jsonl" in holds <= {"pairs.jsonl", "key.jsonl", "win_rates.json"}
         known = known and [x for _, x in read_jsonl(f"{folder}/pairs.jsonl")] == shown
         require(known, f"--output_dir {folder} holds something else than this comparison")
-    verdicts = judge_by_reward(pairs) if protocol["dataset_name"] == "dice" else None
+    result = None
     if args.judge_model:
-        verdicts = judge_by_model(args, pairs)
+        result = win_rates(pairs, judge_by_model(args, pairs))
     elif args.verdicts:
-        verdicts = read_verdicts(args.verdicts, pairs)
-    result = None if verdicts is None else win_rates(pairs, verdicts)
-    key = []
-    for pair in pairs:
-        runs = [side[pair["prompt"]]["run"] for side in (ours, theirs)]
-        a, b = runs if pair["ours"] == "A" else runs[::-1]
-        key.append({"id": pair["id"], "A": a, "B": b})
+        result = win_rates(pairs, read_verdicts(args.verdicts, pairs))
+    elif protocol["dataset_name"] == "dice":
+        result = win_rates(pairs, judge_by_reward(pairs))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "pairs.jsonl", *shown)
-    write_json(folder / "key.jsonl", *key)
+    write_json(folder / "key.jsonl", *({"id": pair["id"]} | pair["runs"] for pair in pairs))
     ended = [np.mean([line["finished"][0] for line in side.values()]) for side in (ours, theirs)]
     say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
     if result is None:
-        say(
-            f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl (key.jsonl: whose they are); go on"
+        says = f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl (key.jsonl: whose they are);"
+        return say(
+            f'{says} go on with --verdicts FILE, lines of {{"id": …, "winner": "A", "B" or "tie"}}'
         )
-        return say('with --verdicts FILE, a line {"id": …, "winner": "A", "B" or "tie"} for each')
-    sides = {"compare": args.compare, "against": args.against}
-    write_json(folder / "win_rates.json", sides | result, indent=2)
+    names = {"compare": args.compare, "against": args.against or ["its start"]}
+    write_json(folder / "win_rates.json", names | result, indent=2)
     for fold, x in result["folds"].items():
         bar = f"{'█' * round(40 * x['win_rate']):░<40} {x['win_rate']:6.1%}"
         say(f"fold {fold} {bar}  {x['wins']} wins, {x['ties']} ties, {x['losses']} losses")
     spread = f" ± {100 * result['std']:.1f} %" if result["std"] is not None else ""
     low, high = (100 * x for x in result["interval"])
-    names = (" + ".join(args.compare), " + ".join(args.against or ["its start"]))
     what = f"{result['prompts']} prompts, {result['same_answers']} with equal answers"
     rate = f"{100 * result['win_rate']:.1f} %{spread}"
-    say(f"{names[0]} vs {names[1]}: {rate} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
+    names = " vs ".join(map(" + ".join, names.values()))
+    say(f"{names}: {rate} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
 
 
 # ------------------------------------------------------------------------------------ machinery
 
 
 class UserError(ValueError):
-    """Something the user can put right; ends the program with this one line and exit code 2."""
+    """Something the user can put right; ends the program with this one line."""
+
+    code = 2
 
 
 class RunError(Exception):
-    """What went wrong with a run that had begun; exit code 1, and every checkpoint is kept."""
+    """What went wrong with a run that had begun; every checkpoint is kept."""
+
+    code = 1
 
 
 class Stopped(Exception):
@@ -1338,8 +1323,7 @@ def meet_processes() -> None:
     with loading("the other processes", cure):
         if gpus:
             torch.cuda.set_device(DEVICE)
-        timeout = timedelta(hours=2)  # downloads take their time
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout)
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=2))
 
 
 def gather(item: Any) -> list:
@@ -1350,6 +1334,17 @@ def gather(item: Any) -> list:
     return items
 
 
+def on_first(work: Callable[[], Any]) -> None:
+    """Do it on the first process; the others wait, and raise what it raises."""
+    error = None
+    try:
+        work() if RANK == 0 else None
+    except Exception as caught:  # noqa: BLE001 whatever it is, all raise it
+        error = caught
+    if error := gather(error)[0]:
+        raise error
+
+
 def say(message: str) -> None:
     """Print a line, once, without tearing the progress bar."""
     if RANK == 0:
@@ -1358,23 +1353,22 @@ def say(message: str) -> None:
 
 def progress(items: Iterable, desc: str, **options: Any) -> tqdm:
     """A progress bar, on terminals."""
-    return tqdm(items, desc, disable=True if RANK else None, dynamic_ncols=True, **options)
+    hidden = True if RANK or not desc else None
+    return tqdm(items, desc, disable=hidden, dynamic_ncols=True, **options)
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A name to write a file or folder under; it becomes `path` once written whole."""
+def write(path: Path, content: Callable[[Path], Any]) -> None:
+    """`content` writes a file or folder under another name; it becomes `path` once it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left a folder
-    yield temporary
+    content(temporary)
     os.replace(temporary, path)
 
 
 def write_json(path: Path, *objects: dict, indent: int | None = None) -> None:
     """The objects, each with a line break behind it; the whole file, or the old one."""
-    texts = [json.dumps(x, indent=indent, ensure_ascii=False) + "\n" for x in objects]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(texts), encoding="utf-8", newline="\n")
+    text = "".join(json.dumps(x, indent=indent, ensure_ascii=False) + "\n" for x in objects)
+    write(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def load_json(path: Path) -> dict:
@@ -1398,20 +1392,20 @@ def save_networks(run: Run, folder: Path) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write checkpoint-<step>: networks and optimiser, whole or not at all."""
+    """Write checkpoint-<step>: networks, optimiser and the log so far, whole or not at all."""
     folder, keep = Path(run.args.output_dir), run.args.save_total_limit or sys.maxsize
-    if RANK == 0:
-        with atomic(folder / f"checkpoint-{run.step}") as temporary:
-            save_networks(run, temporary)
-            shutil.copy(folder / "metrics.jsonl", temporary)
-            try:
-                torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(f"cannot write {temporary}: {error}") from error
-        for old in list(checkpoints(folder).values())[:-keep]:
-            half_deleted = old.rename(old.with_name(f".{old.name}.tmp"))  # is not complete
-            shutil.rmtree(half_deleted)
-    gather(None)  # nobody leaves before it is written
+
+    def content(checkpoint: Path) -> None:
+        save_networks(run, checkpoint)
+        shutil.copy(folder / "metrics.jsonl", checkpoint)
+        try:
+            torch.save(run.optimizer.state_dict(), checkpoint / "optimizer.pt")
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"cannot write {checkpoint}: {error}") from error
+
+    write(folder / f"checkpoint-{run.step}", content)
+    for old in list(checkpoints(folder).values())[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))  # half deleted, it is none
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -1527,11 +1521,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED.get(args.dataset_name)
     name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-    sides = [
-        "+".join(Path(run).name for run in side or ["start"])
-        for side in (args.compare, args.against)
-    ]
-    name = f"compare-{sides[0]}-vs-{sides[1]}" if args.compare else name
+    if args.compare:
+        sides = (args.compare, args.against or ["start"])
+        name = "compare-" + "-vs-".join("+".join(Path(run).name for run in side) for side in sides)
     args.output_dir = args.output_dir or os.path.join("runs", name)
     if args.bf16 is None:
         args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1582,40 +1574,32 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
 # ----------------------------------------------------------------------------------------- main
 
 
-def position_limit(model: PreTrainedModel) -> float:
-    """The most tokens a model has positions for; relative ones, such as T5's, have no end."""
-    names = ("max_position_embeddings", "n_positions")
-    limits = [x for x in (getattr(model.config, name, 0) for name in names) if x and x > 0]
-    relative = hasattr(model.config, "relative_attention_num_buckets")
-    return math.inf if relative or not limits else min(limits)
-
-
 def start(args: Namespace, locks: ExitStack) -> Run:
     """Load everything, check everything, and only then claim the folder. Raises UserError."""
     folder = Path(args.output_dir)
-    manifest_file = folder / "prompt_split_manifest.json"
     lock, found, saved = filelock.FileLock(folder / ".lock", blocking=False), {}, {}
     if args.resume:
         with loading(folder, "a run that is alive works there"):
-            locks.enter_context(lock) if RANK == 0 else None
+            on_first(lambda: locks.enter_context(lock))
         found = checkpoints(folder)
         with suppress(FileNotFoundError):
-            saved = load_json(manifest_file)
+            saved = load_json(folder / "prompt_split_manifest.json")
     unused = args.resume or not folder.is_dir() or not any(folder.iterdir())
     require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
-    *older, newest = [None, *found.values()]
-    before = older[-1].name if any(older) else "the beginning"
-    cure = f"remove it, and --resume goes on from {before}"
+    *older, newest = ["the beginning", *(path.name for path in found.values())]
+    newest = folder / newest if found else None
+    cure = f"remove it, and --resume goes on from {older[-1] if found else ''}"
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
-    source = newest or ("dice" if sft_first else args.model_name_or_path)
-    revision = None if newest else args.model_revision
+    source = str(newest or ("dice" if sft_first else args.model_name_or_path))
     with loading(newest, cure, always=bool(newest)):
-        policy, tokenizer = load_policy(str(source), revision, args.seed)
+        policy, tokenizer = load_policy(source, None if newest else args.model_revision, args.seed)
     seq2seq = policy.config.is_encoder_decoder
     recomputes = policy.supports_gradient_checkpointing or not args.gradient_checkpointing
     require(recomputes, f"{source} does not support --gradient_checkpointing")
-    padding = "right" if seq2seq else "left"
-    frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
+    frame, padding = (
+        saved.get("frame") or text_frame(tokenizer, seq2seq),
+        "right" if seq2seq else "left",
+    )
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
     sides, fold_of, manifest = load_sides(args, encoding, padding)
@@ -1623,22 +1607,27 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     changed = [name for name in saved if saved[name] != manifest[name]]
     require(not changed, f"the data have changed since this run began: {', '.join(changed)}")
     if args.overfit_one_batch:
-        side, size, fold_of = sides["train"], len(sides["train"].rewards), {}
-        rows = np.unique(step_rows(1, size, args.train_batch_size, args.seed))
-        part = (side.table.select(rows), side.rewards[rows], side.lengths[rows], padding)
-        sides = {"train": Side(*part, np.arange(len(rows)))}
+        side = sides["train"]
+        rows = np.unique(step_rows(1, len(side.x), args.train_batch_size, args.seed))
+        parts = ([part[row] for row in rows] for part in (side.prompts, side.x, side.y))
+        sides, fold_of = {"train": Side(*parts, side.rewards[rows], padding)}, {}
     if args.loss == "kto":
         sides["mismatched"] = mismatched(sides["train"])
-    if args.dataset_name == "dice" and args.loss != "sft" and any(map(all_rolls, fold_of)):
+    if args.dataset_name == "dice" and args.loss != "sft" and fold_of:
         sides["rolls"] = rolls_side(fold_of, manifest, encoding, padding)
     lengths = np.concatenate([side.lengths for side in sides.values()])
     (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
-    needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy)
-    flags = "--max_prompt_length, --max_completion_length or --max_new_tokens"
+    needed = max(x, y, new) if seq2seq else max(both, x + new)
+    limit, flags = (
+        position_limit(policy.config),
+        "--max_prompt_length, --max_completion_length or --max_new_tokens",
+    )
     require(needed <= limit, f"{needed} tokens, but the model has {limit} positions: lower {flags}")
     if args.warmup_steps > args.max_steps > 0:
         say(f"the {args.warmup_steps} steps of warm-up are longer than the run")
-    if RANK == 0:
+
+    def claim() -> None:
+        log_file = folder / "metrics.jsonl"
         if not args.resume:
             versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
             content = {"args": vars(args), "versions": versions | {"python": sys.version}}
@@ -1647,14 +1636,13 @@ def start(args: Namespace, locks: ExitStack) -> Run:
                 with open(folder / "args.json", "x", encoding="utf-8") as file:
                     file.write(json.dumps(content, indent=2) + "\n")
                 locks.enter_context(lock)
-        write_json(manifest_file, manifest, indent=2)
-        log_file = folder / "metrics.jsonl"  # as it was when the checkpoint was written
+        write_json(folder / "prompt_split_manifest.json", manifest, indent=2)
+        log_file.unlink(missing_ok=True)  # it is to be as it was at the checkpoint
         if newest:
             with loading(newest, cure):
                 shutil.copy(newest / log_file.name, log_file)
-        else:
-            log_file.unlink(missing_ok=True)
-    gather(None)  # the folder is there for all
+
+    on_first(claim)
     if sft_first:
         sft = Namespace(**vars(args) | DICE_SFT | {"output_dir": str(folder / "sft")})
         begun, finished = (Path(sft.output_dir, x).exists() for x in ("args.json", "results.json"))
@@ -1700,7 +1688,7 @@ def prepare(run: Run) -> None:
 
 def reproduce(run: Run) -> None:
     """π_ref → evaluation → training → answers → results.json, which makes a run a finished one."""
-    args, folder, answered = run.args, Path(run.args.output_dir), not run.args.overfit_one_batch
+    args, folder, answers = run.args, Path(run.args.output_dir), not run.args.overfit_one_batch
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, request_stop)
     if args.loss != "sft":
@@ -1708,33 +1696,33 @@ def reproduce(run: Run) -> None:
     if run.step == 0:
         if args.max_steps > 0:
             check_alike(run)
-        if answered:
+        if answers:
             evaluate(run)
             generate(run)
     train(run)
-    if answered and args.max_steps > 0:
+    if answers and args.max_steps > 0:
         generate(run)
     results = {"step": run.step} | (dice_report(run) if "rolls" in run.sides else {})
-    if RANK == 0:
+
+    def finish() -> None:
         save_networks(run, folder)
         lines = [line for _, line in read_jsonl(f"{folder}/metrics.jsonl")]
-        if answered:
-            results |= [line for line in lines if "eval_loss" in line][-1]
+        if answers:
+            results.update([line for line in lines if "eval_loss" in line][-1])
             ended = [x["finished"] for _, x in read_jsonl(f"{folder}/generations-{run.step}.jsonl")]
             results["finished"] = float(np.mean(ended))
             say(f"{results['finished']:.1%} of {len(ended)} answers ended by themselves")
         else:
             losses = [line["loss"] for line in lines if "loss" in line]
-            results |= {"first_loss": losses[0], "last_loss": losses[-1]}
+            results.update(first_loss=losses[0], last_loss=losses[-1])
             say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
         write_json(folder / "results.json", results, indent=2)
         say(f"the policy, its results and its answers are in {folder}")
-    gather(None)  # it is there for all
+
+    on_first(finish)
     if args.as_is and not (results["gain_share"] >= 0.98 and results["policy"]["valid"] >= 0.95):
-        share, valid = results["gain_share"], results["policy"]["valid"]
-        raise RunError(
-            f"of the optimum's rise it has {share:.1%}, of valid rolls {valid:.1%}: below 98, 95 %"
-        )
+        shares = f"{results['gain_share']:.1%} of the gain, {results['policy']['valid']:.1%} valid"
+        raise RunError(f"the example misses its target, 98 % and 95 %: {shares}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1771,19 +1759,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             args = parse_args(argv)
             args.output_dir = gather(args.output_dir)[0]  # a name may hold the time
             if args.compare:
-                compare(args) if RANK == 0 else None
+                on_first(lambda: compare(args))
             elif args.resume and Path(args.resume, "results.json").exists():
                 say(f"{args.resume} is finished: see its results.json")
             else:
                 if args.dice:
                     torch.set_num_threads(1)  # so small a model is no faster with more
                 reproduce(start(args, locks))
-    except UserError as error:
-        code, says = 2, error
+    except (UserError, RunError) as error:
+        code, says = error.code, error
     except (Stopped, KeyboardInterrupt) as error:
         code, says = 128 + [*stop_signals, signal.SIGINT][0], str(error) or "stopped at once"
-    except RunError as error:
-        code, says = 1, error
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise

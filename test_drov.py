@@ -260,9 +260,7 @@ def test_logps_are_those_of_a_row_alone_one_token_after_the_other(family):
     model.eval()
     rng, rows = np.random.default_rng(0), [(3, 4), (9, 1), (1, 7), (5, 5)]
     x, y = ([rng.integers(5, 300, row[i]).tolist() for row in rows] for i in (0, 1))
-    table = datasets.Dataset.from_dict({"input_ids": x, "labels": y})
-    padding = "right" if seq2seq else "left"
-    side = drov.Side(table, torch.zeros(4), np.array(rows), padding, np.arange(4))
+    side = drov.Side(["p"] * 4, x, y, torch.zeros(4), "right" if seq2seq else "left")
     together, expected = drov.sequence_logps(model, side.batch(np.arange(4))), []
     value_model = drov.ValueModel(model)
     value_model.head.data[0] *= 2
@@ -456,7 +454,7 @@ def test_statistics_are_the_training_sides_and_limits_keep_whole_prompts_by_hash
     )
     args = drov.parse_args(["--dataset_name", str(tmp_path / "a.jsonl"), *limits.split()])
     sides, fold_of, manifest = drov.load_sides(args, encoding, "right")
-    trained = [rewards[p] for p in sides["train"].table["prompt"]]
+    trained = [rewards[p] for p in sides["train"].prompts]
     assert len(trained) == manifest["train_rows"] == 8 and manifest["train_prompts"] == 4
     assert manifest["reward_mean"] == np.mean(trained) and manifest["reward_std"] == np.std(trained)
     assert 0 < np.mean(trained) < 1 and sides["eval"].rewards.min() > 1e5
@@ -727,13 +725,14 @@ def pairs_of(n, chance=0.5, seed=0):
             side[f"prompt {i}"] = {
                 "completions": [f"{'good' if good else 'bad'} {i}"],
                 "fold": i % 2,
+                "run": "a",
             }
     return drov.make_pairs(*sides), drov.make_pairs(*sides[::-1])
 
 
 def test_swapping_the_sides_changes_no_pair_and_turns_the_rate_round():
     pairs, swapped = pairs_of(200, 0.7)
-    seen = lambda pair: {name: x for name, x in pair.items() if name != "ours"}
+    seen = lambda pair: {name: x for name, x in pair.items() if name not in ("ours", "runs")}
     assert list(map(seen, pairs)) == list(map(seen, swapped))
     biased = np.array([float(int(drov.sha256(p["A"])[:4], 16) % 3 > 0) for p in pairs])
     there, back = drov.win_rates(pairs, biased), drov.win_rates(swapped, biased)
