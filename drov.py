@@ -123,16 +123,16 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
     if source == "dice":
         torch.manual_seed(seed)
         sizes = {"vocab_size": 384, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4}
-        config = transformers.T5Config(**sizes, num_layers=2, dropout_rate=0.0)
-        config.decoder_start_token_id = 0
+        sizes |= {"num_layers": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
+        config = transformers.T5Config(**sizes)
         return transformers.T5ForConditionalGeneration(config), transformers.ByT5Tokenizer()
     with loading(source, "give a hub name or a folder; --dice needs no network"):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         make_deterministic(config)
         kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
-        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        options = {"revision": revision, "config": config, "dtype": torch.float32}
         load = kinds[config.is_encoder_decoder].from_pretrained
-        policy, info = load(source, revision=revision, **options)
+        policy, info = load(source, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     lacking = sorted(info["missing_keys"])
     require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
@@ -315,33 +315,35 @@ def read_rows(args: Namespace) -> Iterator[dict]:
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
-def triplets_of(row: dict, reward_key: str) -> Iterator[tuple[str, str, float] | str]:
-    """Usable (prompt, completion, reward), the prompt stripped, or the cause for which it is dropped:
-    one, or, of UltraFeedback's rows, one for each of the `completions`."""
+def triplets_of(
+    rows: Iterable[dict], reward_key: str, seen: set, dropped: Counter
+) -> Iterator[tuple[str, str, float]]:
+    """The usable (prompt, completion, reward) of plain rows and of UltraFeedback's, which have
+    `completions`. The columns that were seen and what was dropped, by cause, are told."""
     get = lambda part, key: part.get(key) if isinstance(part, dict) else None
-    parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
-    if "completions" in row and "completion" not in row:
-        keys = ("annotations", reward_key, "Rating") if reward_key in ASPECTS else (reward_key,)
-        answers = row["completions"] if isinstance(row["completions"], list) else []
-        rated = [(get(x, "response"), functools.reduce(get, keys, x)) for x in answers or [None]]
-        parts = [(row.get("instruction"), *pair) for pair in rated]
-    for *texts, reward in parts:
-        try:
-            prompt, completion = map(
-                text_of, texts, ("prompt", "completion"), ("user", "assistant")
-            )
-            (prompt + completion).encode()
-            # UltraFeedback's ratings are strings, thumbs may be booleans; float() would take "1_0".
-            number = str(reward).strip().lower().replace("_", "?")
-            reward = float({"true": 1, "false": 0}.get(number, number))
-            require(math.isfinite(reward), "reward that is not finite")
-            yield prompt.strip(), completion, reward
-        except UserError as error:
-            yield str(error)
-        except UnicodeEncodeError:  # half an emoji
-            yield "text that is no valid Unicode"
-        except (TypeError, ValueError, OverflowError):
-            yield "without a reward"
+    keys = ("annotations", reward_key, "Rating") if reward_key in ASPECTS else (reward_key,)
+    for row in rows:
+        seen.update(row)
+        parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
+        if "completions" in row and "completion" not in row:
+            given, x = row["completions"], row.get("instruction")
+            answers = given if isinstance(given, list) and given else [None]  # dropped, as one
+            parts = [(x, get(y, "response"), functools.reduce(get, keys, y)) for y in answers]
+        for x, y, reward in parts:
+            try:
+                x, y = text_of(x, "prompt", "user"), text_of(y, "completion", "assistant")
+                (x + y).encode()
+                # UltraFeedback's ratings are strings, thumbs booleans; float() would take "1_0".
+                number = str(reward).strip().lower().replace("_", "?")
+                reward = float({"true": 1, "false": 0}.get(number, number))
+                require(math.isfinite(reward), "reward that is not finite")
+                yield x.strip(), y, reward
+            except UserError as error:
+                dropped[str(error)] += 1
+            except UnicodeEncodeError:  # half an emoji
+                dropped["text that is no valid Unicode"] += 1
+            except (TypeError, ValueError, OverflowError):
+                dropped["without a reward"] += 1
 
 
 def text_of(part: Any, name: str, role: str) -> str:
@@ -362,29 +364,22 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
     Rows that cannot be used are left out, and counted by cause in a printed line and in `dropped`.
     Raises UserError if the data cannot be read, lack the columns or have no usable row.
     """
-    dropped, seen, names = (
+    name, dropped, seen, tables = (
+        args.dataset_name,
         Counter() if dropped is None else dropped,
         set(),
-        ("prompt", "completion", "reward"),
+        [],
     )
-
-    def usable() -> Iterator[tuple[str, str, float]]:
-        for row in progress(read_rows(args), "Reading", unit=" rows"):
-            seen.update(row)
-            for triplet in triplets_of(row, args.reward_key):
-                if isinstance(triplet, tuple):
-                    yield triplet
-                else:
-                    dropped[triplet] += 1
-
-    rows, tables = usable(), []
-    while block := list(itertools.islice(rows, 8000)):  # all at once would take four times as much
-        tables.append(datasets.Dataset.from_dict(dict(zip(names, map(list, zip(*block))))))
-    known = seen >= set(names) or seen >= {"instruction", "completions"}
+    rows = progress(read_rows(args), "Reading", unit=" rows")
+    triplets = triplets_of(rows, args.reward_key, seen, dropped)
+    while block := list(itertools.islice(triplets, 8000)):  # all at once takes four times as much
+        columns = zip(("prompt", "completion", "reward"), map(list, zip(*block)))
+        tables.append(datasets.Dataset.from_dict(dict(columns)))
+    known = seen >= {"prompt", "completion", "reward"} or seen >= {"instruction", "completions"}
     needs = "it needs prompt, completion and reward, or UltraFeedback's instruction and completions"
-    require(known, f"{args.dataset_name} has the columns {sorted(seen)}: {needs}")
+    require(known, f"{name} has the columns {sorted(seen)}: {needs}")
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(dropped.items())) or "none"
-    says = f"{sum(map(len, tables))} triplets from {args.dataset_name}; rows dropped: {causes}"
+    says = f"{sum(map(len, tables))} triplets from {name}; rows dropped: {causes}"
     require(tables, f"no usable row: {says}")
     say(says)
     return datasets.concatenate_datasets(tables)
