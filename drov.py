@@ -267,12 +267,10 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
     """The objects of a JSON Lines file, with their lines' numbers."""
     for number, line in lines_of(path):
         if line.strip():
-            row = None
+            row, says = None, f"{path}, line {number} is no JSON object: {line[:50]!r}"
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-            require(
-                isinstance(row, dict), f"{path}, line {number} is no JSON object: {line[:50]!r}"
-            )
+            require(isinstance(row, dict), says)
             yield number, row
 
 
@@ -364,12 +362,8 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
     Rows that cannot be used are left out, and counted by cause in a printed line and in `dropped`.
     Raises UserError if the data cannot be read, lack the columns or have no usable row.
     """
-    name, dropped, seen, tables = (
-        args.dataset_name,
-        Counter() if dropped is None else dropped,
-        set(),
-        [],
-    )
+    name, seen, tables = args.dataset_name, set(), []
+    dropped = Counter() if dropped is None else dropped
     rows = progress(read_rows(args), "Reading", unit=" rows")
     triplets = triplets_of(rows, args.reward_key, seen, dropped)
     while block := list(itertools.islice(triplets, 8000)):  # all at once takes four times as much
@@ -582,15 +576,13 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
         manifest[f"{name}_prompts_sha256"] = sha256(*sorted(prompts))
         manifest[f"{name}_triplets_sha256"] = digest.hexdigest()
     manifest |= {"reward_mean": mean, "reward_std": std, "reward_min": low, "reward_max": high}
-    rows, known = (
-        sum(len(side.x) for side in sides.values()),
-        {x.tobytes() for x in sides["train"].x},
-    )
+    rows = manifest["train_rows"] + manifest["eval_rows"]
     manifest |= {name: counts[name] / rows for name in ("cut_prompts", "cut_completions")}
     manifest["unknown_tokens"] = unknown = counts["unknown_tokens"] / max(1, counts["tokens"])
     manifest["special_spellings"] = counts["special_spellings"]
-    read_alike = [p for p, x in zip(sides["eval"].prompts, sides["eval"].x) if x.tobytes() in known]
-    manifest["held_out_read_like_training"] = len(set(read_alike))
+    known = {ids.tobytes() for ids in sides["train"].x}
+    alike = {p for p, x in zip(sides["eval"].prompts, sides["eval"].x) if x.tobytes() in known}
+    manifest["held_out_read_like_training"] = len(alike)
     numbers = {k: x for k, x in manifest.items() if type(x) in (int, float) and k not in settings}
     say(", ".join(f"{name} {x:.6g}" for name, x in numbers.items()))
     says = f"{unknown:.0%} of the tokens are unknown to the tokenizer"
