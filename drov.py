@@ -651,11 +651,8 @@ class Run:
 
 
 def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
-    """What `work(piece, batch)` returns for each piece of this process's share of `rows`.
-
-    Out of memory halves the budget of tokens, drops the gradients of the pieces that were done, and
-    begins again. Raises RunError if a single row does not fit.
-    """
+    """`work(piece, batch)` for each piece of this process's share of `rows`. Out of memory halves the
+    pieces, drops the gradients so far and begins again; RunError if a single row does not fit."""
     args, by_length = run.args, rows[np.argsort(side.lengths[rows].sum(1), kind="stable")]
     while True:  # every n-th row by length: processes have equal work
         pieces = micro_batches(by_length[RANK::WORLD_SIZE], side.lengths, args.micro_batch_tokens)
@@ -666,8 +663,8 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
             if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
         # Here, outside of `except`, nothing holds the failed piece's tensors any longer.
-        for network in filter(None, (run.policy, run.value_model)):
-            network.zero_grad()
+        if run.optimizer:
+            run.optimizer.zero_grad()
         largest = int(max(len(piece) * side.lengths[piece].max(0).sum() for piece in pieces))
         if max(map(len, pieces)) == 1:
             raise RunError(f"out of memory: one row of {largest} tokens does not fit")
@@ -682,11 +679,12 @@ def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc=""
     @torch.no_grad()
     def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
         if stop_signals and run.step == 0:  # later, at a log line, with a checkpoint
-            raise Stopped("stopped")
+            raise KeyboardInterrupt("stopped")
         return list(zip(piece.tolist(), function(piece, batch), strict=True))
 
     chunks = micro_batches(rows, side.lengths, 16 * run.args.micro_batch_tokens)
-    parts = gather([in_pieces(run, side, chunk, work) for chunk in progress(chunks, desc)])
+    bar = progress(chunks, desc) if desc else chunks
+    parts = gather([in_pieces(run, side, chunk, work) for chunk in bar])
     flat = itertools.chain.from_iterable
     items = dict(flat(flat(flat(parts))))
     return [items[row] for row in rows.tolist()]
@@ -706,80 +704,66 @@ def score(run: Run, side: Side, rows=None, desc="", values=False) -> tuple[Tenso
 
 
 def fix_reference(run: Run) -> None:
-    """Score with π_ref, which is the policy before its first step, once; the numbers are on disk.
-
-    No copy of π_ref is kept, and no step runs one. A resumed run reads the numbers.
-    """
-    args, file = run.args, Path(run.args.output_dir, "reference_logps.safetensors")
-    if not gather(file.exists())[0]:
-        require(run.step == 0, f"{file} is gone, and π_ref with it: start again, elsewhere")
-        total, logps, started = len(run.sides["train"].x), {}, time.perf_counter()
+    """Score with π_ref, the policy before its first step, once: the numbers are on disk, no copy of
+    it is kept. Then score a batch twice. Raises RunError if that differs: the model is random."""
+    args, side, first = run.args, run.sides["train"], run.step == 0
+    file, total = Path(args.output_dir, "reference_logps.safetensors"), len(side.x)
+    if args.loss != "sft" and not gather(file.exists())[0]:
+        require(first, f"{file} is gone, and π_ref with it: start again, elsewhere")
+        logps, started = {}, time.perf_counter()
         # Score no row that is not going to be used: the first epoch, as `step_rows` has it.
-        visited = step_rows(1, total, total, args.seed)[: args.max_steps * args.train_batch_size]
-        for name, side in run.sides.items():
-            rows = visited if name in ("train", "mismatched") else np.arange(len(side.x))
-            logps[name] = torch.full((len(side.x),), math.nan)
-            logps[name][rows] = score(run, side, rows, f"π_ref on {name} rows")[0]
+        used = step_rows(1, total, total, args.seed)[: args.max_steps * args.train_batch_size]
+        for name, scored in run.sides.items():
+            rows = used if name in ("train", "mismatched") else np.arange(len(scored.x))
+            logps[name] = torch.full((len(scored.x),), math.nan)
+            logps[name][rows] = score(run, scored, rows, f"π_ref on {name} rows")[0]
             if name == "train":
                 log(run, {"reference_seconds": time.perf_counter() - started})
         on_first(lambda: write(file, lambda path: save_file(logps, path)))
-    for name, logps in load_file(file).items():
+    for name, logps in load_file(file).items() if args.loss != "sft" else ():
         run.sides[name].ref_logps = logps
+    if first and args.max_steps > 0:
+        rows = np.unique(step_rows(1, total, args.train_batch_size, args.seed))
+        once, again = (score(run, side, rows)[0] for _ in range(2))
+        if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
+            raise RunError("a batch does not score alike twice: has the config dropout or noise?")
+        if args.loss != "sft":
+            off = (once - side.ref_logps[rows]).square().mean().sqrt()
+            say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
 
 
-def batch_constant(run: Run, rows: np.ndarray) -> Tensor | None:
-    """What a loss needs to know of the whole batch before any gradient.
-
-    For `--value batch` the mean of u = r − τ log π/π_ref. As a constant V it makes DRO-V's policy
-    loss DRO-P: the gradient of ½ Var(u) is mean((u − ū) ∇u). For KTO z₀, the mean of log π/π_ref on
-    mismatched pairs, at least 0, and the mean reward.
-    """
-    kto, constant = run.args.loss == "kto", None
-    if kto or run.args.value == "batch":
-        side = run.sides["mismatched" if kto else "train"]
-        log_ratio, rewards = score(run, side, rows)[0] - side.ref_logps[rows], side.rewards[rows]
-        constant = (rewards - run.args.tau * log_ratio).mean()
-        if kto:
-            constant = torch.stack([log_ratio.mean().clamp(min=0), rewards.mean()])
-    return constant if constant is None else constant.to(DEVICE)
-
-
-def row_losses(run: Run, batch: dict, constant: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each row's loss, and what is logged of it, (B,) each.
-
-    Another loss is a function like `kto_loss`, a branch here, and a name in `make_parser`.
-    """
-    args, logps = run.args, sequence_logps(run.policy, batch)
+def backward(run: Run, means: tuple | None, divisor: float, piece: np.ndarray, batch: dict) -> dict:
+    """Add a piece's part of the step's gradient; returns what is logged, a tensor for each name.
+    Another loss is a function like `kto_loss`, a branch here, and a name in `make_parser`."""
+    args, x, y, rewards = run.args, batch["input_ids"], batch["labels"], batch["rewards"]
+    logps, ref_logps = sequence_logps(run.policy, batch), batch.get("ref_logps")
     if args.loss == "sft":  # maximum likelihood
-        return -logps, {"loss": -logps, "completion_tokens": (batch["labels"] != -100).sum(-1)}
-    ref_logps, rewards = batch["ref_logps"], batch["rewards"]
-    record = {"log_ratio": logps - ref_logps, "reward": rewards}
+        losses = -logps
+        record = {"loss": losses, "completion_tokens": (y != -100).sum(-1)}
+    else:
+        record = {"log_ratio": logps - ref_logps, "reward": rewards}
     if args.loss == "kto":
-        desirable = rewards > constant[1] + 1e-6  # less is rounding
-        losses = record["loss"] = kto_loss(logps, ref_logps, desirable, constant[0], args.tau)
-        return losses, record
-    V = run.value_model if constant is None else lambda x, mask: constant.expand(len(x))
-    values = record["value"] = V(batch["input_ids"], batch["attention_mask"])
-    policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
-    return policy_loss + value_loss, record
-
-
-def backward(run: Run, constant: Tensor | None, divisor: float, piece: np.ndarray, batch: dict):
-    """Add a piece's part of the step's gradient; returns what is logged, a tensor for each name."""
-    losses, record = row_losses(run, batch, constant)
+        desirable, kl = rewards > means[0] + 1e-6, torch.tensor(max(0.0, means[1]))
+        losses = record["loss"] = kto_loss(logps, ref_logps, desirable, kl, args.tau)
+    elif args.loss == "dro_v":
+        # DRO-P: the gradient of ½ Var(u), u = r − τ log π/π_ref, is mean((u − ū) ∇u), so V = ū.
+        mean = lambda x, mask: torch.full_like(rewards, means[0] - args.tau * means[1])
+        values = record["value"] = (run.value_model or mean)(x, batch["attention_mask"])
+        policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
+        losses = policy_loss + value_loss
     with torch.autocast(DEVICE.type, enabled=False):
         (losses.sum() / divisor).backward()
     record["tokens"] = torch.tensor([run.sides["train"].lengths[piece].sum()])
-    record["padded_tokens"] = torch.tensor([batch["input_ids"].numel() + batch["labels"].numel()])
+    record["padded_tokens"] = torch.tensor([x.numel() + y.numel()])
     return {name: tensor.detach() for name, tensor in record.items()}
 
 
 def train(run: Run) -> None:
     """The loop, in the order in which things happen; at a log line: log → evaluate → save → stop."""
     args, side, groups = run.args, run.sides["train"], run.optimizer.param_groups
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    # Networks are clipped each by itself; a shared backbone makes them one.
     parts = [group["params"] for group in groups]
+    parameters = list(itertools.chain.from_iterable(parts))
+    # Networks are clipped each by itself; a shared backbone makes them one.
     parts = [parameters] if args.share_policy_and_value_backbone else parts
     networks = dict(zip(("grad_norm", "value_grad_norm"), parts))
     # The + 1 and steps from 1: neither the first step nor the last has a learning rate of 0.
@@ -792,7 +776,12 @@ def train(run: Run) -> None:
         rows = step_rows(run.step, len(side.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
         divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
-        work = functools.partial(backward, run, batch_constant(run, rows), divisor)
+        means = None  # of the whole batch's rewards and log π/π_ref, KTO's of mismatched pairs
+        if args.loss == "kto" or args.value == "batch":
+            other = run.sides.get("mismatched", side)
+            log_ratio = score(run, other, rows)[0] - other.ref_logps[rows]
+            means = side.rewards[rows].mean().item(), log_ratio.mean().item()
+        work = functools.partial(backward, run, means, divisor)
         for record in in_pieces(run, side, rows, work):
             for name, tensor in record.items():
                 window[name].append(tensor)
@@ -802,15 +791,13 @@ def train(run: Run) -> None:
             for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
                 pending.wait()
         for name, network in networks.items():
-            norm = nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
+            norm = nn.utils.clip_grad_norm_(network, args.max_grad_norm or math.inf)
             window[name].append(norm.reshape(1))
-            if args.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
         for group in groups:
             group["lr"] = group["initial_lr"] * factor(run.step)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        window["seconds"].append(torch.tensor([time.perf_counter() - started]))
+        window["step_seconds"].append(torch.tensor([time.perf_counter() - started]))
         last = run.step == args.max_steps
         if run.step % args.logging_steps and not last:
             continue
@@ -819,8 +806,8 @@ def train(run: Run) -> None:
         window.clear()
         finite = all(parameter.isfinite().all() for parameter in parameters)
         if not finite or None in map(metrics.get, ("loss", *networks)):
-            advice = "try a lower --learning_rate, or --max_grad_norm 1, in another --output_dir"
-            raise RunError(f"loss, gradient or weights not finite by step {run.step}: {advice}")
+            cure = "start elsewhere, with a lower --learning_rate or --max_grad_norm 1"
+            raise RunError(f"loss, gradient or weights not finite by step {run.step}: {cure}")
         log(run, metrics | {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)})
         save = last or run.step % args.save_steps == 0
         if save and not args.overfit_one_batch:
@@ -829,7 +816,7 @@ def train(run: Run) -> None:
         if save or stop:
             on_first(lambda: save_checkpoint(run))
         if stop:
-            raise Stopped(f"stopped after step {run.step}, with a checkpoint")
+            raise KeyboardInterrupt(f"stopped after step {run.step}, with a checkpoint")
 
 
 def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | None]:
@@ -848,11 +835,12 @@ def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | 
         metrics |= {"log_ratio_mean": mean["log_ratio"], "reward_mean": mean["reward"]}
     if "loss" in pooled:  # KTO's own, or SFT's: nats a token
         metrics["loss"] = mean["loss"] / mean.get("completion_tokens", 1)
-    metrics |= {name: mean[name] for name in ("grad_norm", "value_grad_norm") if name in mean}
-    if "seconds" in pooled:
-        tokens, seconds = pooled["tokens"].sum(), pooled["seconds"].sum() / WORLD_SIZE
-        metrics |= {"step_seconds": mean["seconds"], "tokens_per_second": tokens / seconds}
-        metrics["padding"] = 1 - tokens / pooled["padded_tokens"].sum()
+    plain = ("pair_accuracy", "grad_norm", "value_grad_norm", "step_seconds")
+    metrics |= {name: mean[name] for name in plain if name in mean}
+    if "tokens" in pooled:
+        seconds = pooled["step_seconds"].sum() / WORLD_SIZE
+        metrics["tokens_per_second"] = pooled["tokens"].sum() / seconds
+        metrics["padding"] = 1 - mean["tokens"] / mean["padded_tokens"]
     return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
 
 
@@ -861,25 +849,11 @@ def log(run: Run, metrics: dict[str, float | None]) -> None:
     if RANK == 0:
         with open(f"{run.args.output_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    numbers = [f"{name} {x:.4g}" for name, x in metrics.items() if x is not None]
-    say(f"step {run.step}: {', '.join(numbers)}")
+    numbers = ", ".join(f"{name} {x:.4g}" for name, x in metrics.items() if x is not None)
+    say(f"step {run.step}: {numbers}")
 
 
 # ----------------------------------------------------------------------------------- evaluation
-
-
-def check_alike(run: Run) -> None:
-    """Score the first batch twice. Raises RunError if that makes a difference: then there is
-    randomness in the model, and log π/π_ref would not mean what it says."""
-    side = run.sides["train"]
-    rows = np.unique(step_rows(1, len(side.x), run.args.train_batch_size, run.args.seed))
-    once, again = (score(run, side, rows)[0] for _ in range(2))
-    if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
-        advice = "look in its config for a rate of dropout or noise that is not 0"
-        raise RunError(f"the model does not score a batch alike twice: {advice}")
-    if side.ref_logps is not None:
-        off = (once - side.ref_logps[rows]).square().mean().sqrt()
-        say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
 
 
 def rows_by_prompt(side: Side) -> dict[str, list[int]]:
@@ -892,79 +866,68 @@ def rows_by_prompt(side: Side) -> dict[str, list[int]]:
 
 def evaluate(run: Run) -> None:
     """Log the held-out numbers as eval_…. They mean the same for every loss: methods compare."""
-    side, metrics, right = run.sides["eval"], {}, []
+    side, right = run.sides["eval"], []
     logps, values = score(run, side, desc="π and V on held-out rows", values=True)
     numbers = {"loss": -logps, "completion_tokens": torch.from_numpy(side.lengths[:, 1])}
     if run.args.loss != "sft":
         numbers = {"log_ratio": logps - side.ref_logps, "reward": side.rewards}
         numbers |= {"value": values} if run.value_model else {}
-        # The share of pairs of answers to one prompt, of different rewards, that log π/π_ref orders
-        # as the rewards do; a tie, within 1e-3, counts ½.
+        # Of pairs of answers to a prompt: does log π/π_ref order them as rewards do? A tie counts ½.
         for rows in rows_by_prompt(side).values():
             rewards, log_ratio = side.rewards[rows], numbers["log_ratio"][rows]
             margin = (log_ratio[:, None] - log_ratio)[rewards[:, None] > rewards]  # each pair once
             right.append((margin > 1e-3) + 0.5 * (margin.abs() <= 1e-3))
-        right = torch.cat(right)
-        metrics["pair_accuracy"] = right.mean().item() if len(right) else None
-    share = slice(RANK, None, WORLD_SIZE)  # every process has all rows, and pools its share
-    metrics |= summarise({name: [x[share]] for name, x in numbers.items()}, run.args.tau)
+        numbers["pair_accuracy"] = torch.cat(right)
+    # Every process has all rows, and pools its share.
+    metrics = summarise({k: [x[RANK::WORLD_SIZE]] for k, x in numbers.items()}, run.args.tau)
     log(run, {f"eval_{name}": x for name, x in metrics.items()})
 
 
-class Sampler(transformers.LogitsProcessor):
-    """Sampling by the inverse CDF of uniform numbers, drawn beforehand for each prompt and place: an
-    answer is the same in any company, and policies that hardly differ answer alike."""
-
-    def __init__(self, uniform: Tensor, temperature: float, width: int):
-        self.uniform, self.temperature, self.width = uniform, temperature, width  # (B, new tokens)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cdf = (scores.float() / self.temperature).softmax(-1).double().cumsum(-1)
-        mark = self.uniform[:, input_ids.shape[1] - self.width, None] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, mark, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+def sample(uniform: Tensor, temperature: float, width: int, ids: Tensor, scores: Tensor) -> Tensor:
+    """The inverse CDF at numbers drawn beforehand: answers are the same in any company."""
+    cdf = (scores.float() / temperature).softmax(-1).double().cumsum(-1)
+    mark = uniform[:, ids.shape[1] - width, None] * cdf[:, -1:]
+    token = torch.searchsorted(cdf, mark, right=True).clamp(max=scores.shape[1] - 1)
+    return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
 
 
 def generate(run: Run) -> None:
     """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
     args, policy, side = run.args, run.policy, copy.copy(run.sides["eval"])
     seq2seq, behind = policy.config.is_encoder_decoder, run.frame["completion"][1]
-    first_rows = {prompt: rows[0] for prompt, rows in rows_by_prompt(side).items()}
     # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
-    room = np.full(len(side.x), args.max_new_tokens)
-    side.lengths = np.stack([side.lengths[:, 0], room], axis=1) / 8
+    side.lengths = (side.lengths * (1, 0) + (0, args.max_new_tokens)) / 8
     ends = {behind[-1], run.tokenizer.eos_token_id} - {None}
     config = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "num_beams": 1}
     config |= {"eos_token_id": sorted(ends), "pad_token_id": behind[-1]}
     config |= {"decoder_start_token_id": policy.config.decoder_start_token_id} if seq2seq else {}
 
-    def answer(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[str, bool]]:
-        width, answers = 1 if seq2seq else batch["input_ids"].shape[1], []
+    def answer(piece: np.ndarray, batch: dict[str, Tensor]) -> list[dict]:
+        width, lines = 1 if seq2seq else batch["input_ids"].shape[1], []
         seeds = [int(sha256(args.seed, side.prompts[row])[:16], 16) for row in piece]
-        uniform = [np.random.default_rng(seed).random(args.max_new_tokens) for seed in seeds]
-        sampler = Sampler(torch.from_numpy(np.stack(uniform)).to(DEVICE), args.temperature, width)
+        uniform = np.stack([np.random.default_rng(x).random(args.max_new_tokens) for x in seeds])
+        uniform = torch.from_numpy(uniform).to(DEVICE)
+        sampler = functools.partial(sample, uniform, args.temperature, width)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with head_reads(policy, lambda states: states):
             ids = policy.generate(**inputs, logits_processor=[sampler] if args.temperature else [])
         for tokens in ids[:, width:].tolist():
             end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-            tokens = tokens[:end]
-            tokens = tokens[: -len(behind)] if tokens[-len(behind) :] == behind else tokens
-            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            answers.append((run.tokenizer.decode(tokens, **options), end is not None))
-        return answers
+            body = tokens[:end]
+            body = body[: -len(behind)] if body[-len(behind) :] == behind else body
+            text = run.tokenizer.decode(body, True, clean_up_tokenization_spaces=False)
+            lines.append({"completions": [text], "finished": [end is not None]})
+        return lines
 
     # The model's own penalties, beams and limits are not the flags'; they are saved as they came.
     own = policy.generation_config
     policy.generation_config = transformers.GenerationConfig(**config)
     policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
-    rows = np.array([first_rows[prompt] for prompt in run.fold_of])
+    rows_of = rows_by_prompt(side)
+    rows = np.array([rows_of[prompt][0] for prompt in run.fold_of])
     answers = for_each(run, side, rows, answer, "Answering")
     policy.train().generation_config = own
-    lines = [
-        {"prompt": prompt, "fold": fold, "completions": [text], "finished": [ended]}
-        for (prompt, fold), (text, ended) in zip(run.fold_of.items(), answers)
-    ]
+    lines = [{"prompt": p, "fold": k} | line for (p, k), line in zip(run.fold_of.items(), answers)]
     on_first(lambda: write_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines))
 
 
@@ -995,55 +958,49 @@ def all_rolls(prompt: str) -> dict[str, int]:
 
 def rolls_side(prompts: Iterable[str], manifest: dict, encoding: Callable, padding: str) -> Side:
     """Every roll that `dice_report` looks at: of the prompts of at most three dice."""
-    few = [prompt for prompt in prompts if not prompt.split()[-1].startswith("4")]
-    rolls = [(prompt, *roll) for prompt in few for roll in all_rolls(prompt).items()]
+    rolls = [(p, *roll) for p in prompts if " 4d" not in p for roll in all_rolls(p).items()]
+    require(rolls, "no held-out prompt has less than four dice: hold out more")
     prompts, completions, raw = zip(*rolls)
     rewards = (np.array(raw) - manifest["reward_mean"]) / manifest["reward_std"]
     return make_side(prompts, completions, rewards, encoding, padding)
 
 
 def dice_report(run: Run) -> dict:
-    """How much of the attainable rise of Eq. 1 the policy has, exactly; prints and returns it.
-
-    Over the valid rolls of a prompt, given that it is a roll: nobody ever rated what is none, so
-    DRO-V cannot know of it, and the mass of valid rolls stands beside. Eq. 2 with the π_ref that was
-    trained gives π* and V* = J(π*).
-    """
-    tau, side = run.args.tau, run.sides["rolls"]
+    """How much of the attainable rise of Eq. 1, from the trained π_ref, the policy has, exactly, given
+    a valid roll: nobody rated what is none, so DRO-V cannot know of it; its mass stands beside."""
+    tau, side, table, errors, shown = run.args.tau, run.sides["rolls"], [], [], {}
     logps, values = score(run, side, desc="every roll", values=True)
-    table, errors, shown = {"π_ref": [], "π_θ": [], "π*": []}, [], {}
     for prompt, rows in rows_by_prompt(side).items():
-        rewards = side.rewards[rows].double()
-        raw = rewards * run.manifest["reward_std"] + run.manifest["reward_mean"]
-        masses = {"π_ref": side.ref_logps[rows].double(), "π_θ": logps[rows].double()}
-        logs = {name: x.log_softmax(0) for name, x in masses.items()}
-        value = tau * (logs["π_ref"] + rewards / tau).logsumexp(0)  # V*(x)
-        logs["π*"] = masses["π*"] = logs["π_ref"] + (rewards - value) / tau  # Eq. 2
-        for name, x in logs.items():
-            p, kl = x.exp(), x.exp() @ (x - logs["π_ref"])
-            numbers = (p @ raw, masses[name].exp().sum(), kl, p @ rewards - tau * kl)
-            table[name].append([float(number) for number in numbers])  # the last is Eq. 1
-        errors.append(values[rows[0]].item() - value.item())
-        shown[abs(len(rows) - 6)] = prompt, {name: x.exp().tolist() for name, x in logs.items()}
-    prompt, p = shown[min(shown)]
+        ref, rewards = side.ref_logps[rows].double(), side.rewards[rows].double()
+        optimum = ref.log_softmax(0) + rewards / tau  # log π* + V*/τ: Eq. 2
+        logs = torch.stack([ref, logps[rows].double(), optimum])  # (3, rolls)
+        mass = logs.logsumexp(1, keepdim=True)
+        errors.append(values[rows[0]].item() - tau * mass[2].item())
+        log_p, mass[2] = logs - mass, 0.0
+        p = log_p.exp()
+        table.append(torch.stack([p @ rewards, mass.exp()[:, 0], (p * (log_p - log_p[0])).sum(1)]))
+        shown[abs(len(rows) - 6)] = prompt, p.T[:8].tolist()
+    prompt, bars = shown[min(shown)]
     say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
-    for (i, roll), name in itertools.product(enumerate(list(all_rolls(prompt))[:8]), table):
-        start = roll if name == "π_ref" else " " * len(roll)
-        say(f"{start}  {name:<6}{p[name][i]:6.1%} {'█' * round(60 * p[name][i])}")
+    policies = {"π_ref": "sft", "π_θ": "policy", "π*": "optimum"}
+    for roll, shares in zip(all_rolls(prompt), bars):
+        for name, x in zip(policies, shares):
+            start = roll if name == "π_ref" else " " * len(roll)
+            say(f"{start}  {name:<6}{x:6.1%} {'█' * round(60 * x)}")
     say(f"\nExactly, over every roll of {len(errors)} held-out prompts of at most three dice:")
     say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
-    results, columns = {"tau": tau}, ("reward", "valid", "kl", "objective")
-    for key, (name, rows) in zip(("sft", "policy", "optimum"), table.items()):
-        x = results[key] = dict(zip(columns, np.mean(rows, axis=0).tolist()))
-        line = "{reward:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}"
-        say(f"{name:<8}{line.format(**x)}")
-    low, reached, best = (results[key]["objective"] for key in ("sft", "policy", "optimum"))
-    results["gain_share"] = (reached - low) / (best - low or math.nan)
-    rmse = float(np.sqrt(np.mean(np.square(errors))))
-    results["value_rmse"] = rmse if run.value_model else None
+    results, means = {"tau": tau}, torch.stack(table).mean(0).T.tolist()
+    for (name, key), (reward, valid, kl) in zip(policies.items(), means):
+        raw = reward * run.manifest["reward_std"] + run.manifest["reward_mean"]
+        goal = reward - tau * kl  # Eq. 1
+        results[key] = {"reward": raw, "valid": valid, "kl": kl, "objective": goal}
+        say(f"{name:<8}{raw:>12.3f}{kl:>9.4f}{goal:>11.4f}{valid:>12.2%}")
+    low, reached, best = (results[key]["objective"] for key in policies.values())
+    gain = (reached - low) / (best - low or math.nan)
+    rmse = float(np.sqrt(np.mean(np.square(errors)))) if run.value_model else None
     off = f"; V(x) is off V*(x) by {rmse:.3f} (root mean square)" if run.value_model else ""
-    say(f"π_θ has {results['gain_share']:.2%} of the rise of the objective that π* has{off}")
-    return results
+    say(f"π_θ has {gain:.2%} of the rise of the objective that π* has{off}")
+    return results | {"gain_share": gain, "value_rmse": rmse}
 
 
 # ----------------------------------------------------------------------------------- comparison
@@ -1051,69 +1008,53 @@ def dice_report(run: Run) -> dict:
 # The paper's results are win rates: two policies answer the same held-out prompts, and a judge sees
 # the answers without knowing whose they are.
 
-JUDGE_PROMPT = """Here are an instruction and two responses to it. Which response is more helpful, \
-and does better what the instruction asks for?
-
-Instruction:
-{prompt}
-
-Response A:
-{A}
-
-Response B:
-{B}
-
-Which response is better? Answer with one letter, A or B.
-Answer:"""
-PROTOCOL = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed",
+JUDGE_PROMPT = (
+    "Here are an instruction and two responses to it. Which response is more helpful, and does "
+    "better what the instruction asks for?\n\nInstruction:\n{prompt}\n\nResponse A:\n{A}\n\n"
+    "Response B:\n{B}\n\nWhich response is better? Answer with one letter, A or B.\nAnswer:"
+)
+PROTOCOL = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed", "held_out",
             "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature")  # fmt: skip
 
 
-def load_answers(runs: Sequence[str], at_start: bool) -> tuple[dict[str, dict], dict[str, dict]]:
-    """One policy's lines of generations-<step>.jsonl by prompt, with "run"; what its runs must have
-    in common, by their names. Raises UserError if a run is not finished, or answers twice."""
-    answers, protocols = {}, {}
-    for name in runs:
+def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dict]:
+    """The lines of generations-<step>.jsonl by prompt, with "run", ours and theirs; what all runs
+    have in common. Raises UserError unless all are finished and answer the same questions, once."""
+    ours, theirs, protocol = {}, {}, {}
+    runs = [(ours, name, "") for name in args.compare]
+    runs += [(theirs, name, "" if args.against else "@0") for name in args.against or args.compare]
+    for side, name, start in runs:
         with loading(name, "it is no finished run"):
-            files = ("args.json", "prompt_split_manifest.json", "results.json")
-            args, manifest, _ = (load_json(Path(name, file)) for file in files)
-            step = 0 if at_start else args["args"]["max_steps"]
-            lines = [line for _, line in read_jsonl(f"{name}/generations-{step}.jsonl")]
-        protocols[name] = {key: args["args"][key] for key in PROTOCOL}
-        protocols[name]["held_out"] = manifest["held_out"]
-        missing = manifest["eval_prompts"] - len(lines)
-        require(not missing, f"{name} has {len(lines)} answers, {missing} fewer than prompts")
-        for line in lines:
-            twice = f"fold {line['fold']} is answered twice, again by {name}"
-            require(line["prompt"] not in answers, twice)
-            answers[line["prompt"]] = line | {"run": name + "@0" * at_start}
-    return answers, protocols
+            has = (
+                load_json(name, "prompt_split_manifest.json") | load_json(name, "args.json")["args"]
+            )
+            last = load_json(name, "results.json")["step"]
+            lines = read_jsonl(f"{name}/generations-{0 if start else last}.jsonl")
+            new = {line["prompt"]: line | {"run": name + start} for _, line in lines}
+            differ = [key for key in PROTOCOL if protocol.setdefault(key, has[key]) != has[key]]
+        require(not differ, f"{runs[0][1]} and {name} do not compare: they differ in {differ}")
+        missing = has["eval_prompts"] - len(new)
+        require(not missing, f"{name} has {len(new)} answers, {missing} fewer than prompts")
+        require(side.keys().isdisjoint(new), f"a fold is answered twice, again by {name}")
+        side.update(new)
+    says = f"not the same prompts are answered: {len(ours)} and {len(theirs)}, or other folds"
+    require(ours.keys() == theirs.keys(), says)
+    return ours, theirs, protocol
 
 
 def make_pairs(ours: dict[str, dict], theirs: dict[str, dict]) -> list[dict]:
     """What a judge sees, {"id", "prompt", "A", "B"}, with "fold", whose "runs" they are, and "ours",
-    which of A and B is ours.
-
-    The id, and which text is A, come from a hash of the prompt and the two texts alone: swapping
-    the sides, or cutting the folds into several runs, changes neither.
-    """
+    which of A and B is ours. The id, and which text is A, follow from the prompt and the two texts
+    alone: swapping the sides, or cutting the folds into several runs, changes neither."""
     pairs = []
     for prompt, line in ours.items():
-        sides = [(x["completions"][0], x["run"]) for x in (line, theirs[prompt])]
-        (a, b), mine = sorted(text for text, _ in sides), sides[0][0]
-        digest = sha256(json.dumps([prompt, a, b]))
-        a, b = (a, b) if int(digest[-1], 16) % 2 else (b, a)
-        runs = dict(zip("AB", (run for _, run in (sides if a == mine else sides[::-1]))))
+        mine, other = line["completions"][0], theirs[prompt]["completions"][0]
+        digest = sha256(json.dumps([prompt, *sorted([mine, other])]))
+        a, b = sorted([mine, other], reverse=int(digest[-1], 16) % 2 == 0)
         pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b, "fold": line["fold"]}
-        pairs.append(pair | {"runs": runs, "ours": "A" if a == mine else "B"})
+        runs = [line["run"], theirs[prompt]["run"]][:: 1 if a == mine else -1]
+        pairs.append(pair | {"runs": dict(zip("AB", runs)), "ours": "A" if a == mine else "B"})
     return pairs
-
-
-def judge_by_reward(pairs: list[dict]) -> np.ndarray:
-    """1 where A has the higher true reward, 0 where B has, ½ for a tie. Any roll beats no roll."""
-    rolls = {pair["prompt"]: all_rolls(pair["prompt"]) for pair in pairs}
-    rewards = np.array([[rolls[p["prompt"]].get(p[x], -1) for x in "AB"] for p in pairs])
-    return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
 
 
 def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
@@ -1121,139 +1062,108 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     for a pair that it has no positions for. Raises UserError if it does not answer with A or B."""
     name, (model, tokenizer) = args.judge_model, load_policy(args.judge_model)
     seq2seq, limit = model.config.is_encoder_decoder, position_limit(model.config)
+    limits = {"max_prompt_length": sys.maxsize, "max_completion_length": sys.maxsize}
     frame = text_frame(tokenizer, seq2seq)
-    space = "" if tokenizer.chat_template and not seq2seq else " "
-    letters = [tokenizer.encode(space + letter, add_special_tokens=False) for letter in "AB"]
-    shared = len(os.path.commonprefix(letters))  # of a byte-level tokenizer the space
-    letters = {x: frame["completion"][0] + y[: shared + 1] for x, y in zip("AB", letters)}
-    require(letters["A"] != letters["B"], f"{name} cannot judge: its tokenizer tells no A from B")
-
-    def encoding(texts: list[str], answers: list[str]) -> tuple[list, list]:
-        x, _ = encode(texts, answers, tokenizer, frame, sys.maxsize, sys.maxsize)
-        return x, [letters[answer] for answer in answers]
-
-    orders = [(pair, pair | {"A": pair["B"], "B": pair["A"]}) for pair in pairs]
-    texts = [JUDGE_PROMPT.format_map(pair) for pair in itertools.chain.from_iterable(orders)]
-    rows = [(text, letter) for text in texts for letter in "AB"]  # pair, order, letter
+    encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
+    letters = ("A", "B") if tokenizer.chat_template and not seq2seq else (" A", " B")
+    shown = [x for pair in pairs for x in (pair, pair | {"A": pair["B"], "B": pair["A"]})]
+    rows = [(JUDGE_PROMPT.format_map(x), letter) for x in shown for letter in letters]
     side = make_side(*zip(*rows), np.zeros(len(rows)), encoding, "right" if seq2seq else "left")
+    a, b = (ids.tolist() for ids in side.y[:2])
+    require(a != b, f"{name} cannot judge: its tokenizer tells no A from B")
+    first = len(os.path.commonprefix([a, b]))  # the frame, and of a byte-level tokenizer the space
+    side.y = [ids[: first + 1] for ids in side.y]
     needed = side.lengths.max(1) if seq2seq else side.lengths.sum(1)
     fits = (needed <= limit).reshape(-1, 4).all(1)
-    logps = np.full((len(pairs), 2, 2), math.nan)
-    if fits.any():
-        run = Run(args, model.to(DEVICE).eval(), tokenizer, frame)
-        logps[fits] = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2)
-    mass = np.nanmean(np.exp(logps).sum(-1)) if fits.any() else 0.0
+    run = Run(args, model.to(DEVICE).eval(), tokenizer, frame)
+    logps = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2).numpy()
+    mass = np.exp(logps).sum() / max(1, 2 * len(logps))
     say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
     require(mass >= 0.1, f"{name} cannot judge: it gives A and B together {mass:.1%}, not 10 %")
-    margins = np.stack([logps[:, 0, 0] - logps[:, 0, 1], logps[:, 1, 1] - logps[:, 1, 0]])
-    verdicts = ((margins > 0).all(0) * 1.0 - (margins < 0).all(0) + 1) / 2
-    return np.where(fits, verdicts, math.nan)
-
-
-def read_verdicts(file: str, pairs: list[dict]) -> np.ndarray:
-    """The mean verdict on each pair: 1 for A, 0 for B, ½ for a tie; NaN where there is none."""
-    given, points = defaultdict(list), {"A": 1.0, "B": 0.0, "tie": 0.5}
-    with loading(file, "--verdicts needs a file of JSON Lines"):
-        for number, line in read_jsonl(file):
-            fits = isinstance(line.get("id"), str) and line.get("winner") in list(points)
-            require(fits, f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie')
-            given[line["id"]].append(points[line["winner"]])
-    known = {pair["id"] for pair in pairs}
-    missing, unknown = len(known - set(given)), len(set(given) - known)
-    say(f"{file}: {missing} of {len(pairs)} pairs have no verdict; unknown ids: {unknown}")
-    return np.array([np.mean(given[p["id"]]) if p["id"] in given else math.nan for p in pairs])
+    margins = (logps[:, :, 0] - logps[:, :, 1]) * [1, -1]  # in the second order A is called B
+    verdicts = np.full(len(pairs), math.nan)
+    verdicts[fits] = np.select([(margins > 0).all(1), (margins < 0).all(1)], [1, 0], default=0.5)
+    return verdicts
 
 
 def win_rates(pairs: list[dict], verdicts: np.ndarray) -> dict:
     """Our win rate over all prompts, its interval (Wilson's, 95 %), its standard deviation over
     folds (n − 1), and the folds'. Raises UserError without a verdict."""
     require(not np.isnan(verdicts).all(), "there is no known verdict on any of these pairs")
-    same = np.array([pair["A"] == pair["B"] for pair in pairs])
-    ours = np.array([pair["ours"] == "A" for pair in pairs])
+    folds, same, ours = np.array([(p["fold"], p["A"] == p["B"], p["ours"] == "A") for p in pairs]).T
     scores = np.where(same, 0.5, np.where(ours, verdicts, 1 - verdicts))
-    folds, scores = (np.array(x)[~np.isnan(scores)] for x in ([p["fold"] for p in pairs], scores))
+    folds, scores = folds[~np.isnan(scores)], scores[~np.isnan(scores)]
 
-    def tally(scores: np.ndarray) -> dict:
-        counts = ((scores > 0.5).sum(), (scores == 0.5).sum(), (scores < 0.5).sum(), len(scores))
-        names = ("wins", "ties", "losses", "prompts")
-        return {"win_rate": float(scores.mean())} | dict(zip(names, map(int, counts)))
+    def tally(x: np.ndarray) -> dict:
+        counts = {"wins": x > 0.5, "ties": x == 0.5, "losses": x < 0.5, "prompts": x >= 0}
+        return {"win_rate": float(x.mean())} | {key: int(n.sum()) for key, n in counts.items()}
 
-    result, n, z = tally(scores), len(scores), 1.959964
+    result, n, z = tally(scores) | {"same_answers": int(same.sum())}, len(scores), 1.959964
     of_folds = {str(fold): tally(scores[folds == fold]) for fold in np.unique(folds)}
     rates, p = [fold["win_rate"] for fold in of_folds.values()], result["win_rate"]
     # A score in [0, 1] has a variance of at most p (1 − p): with ties this errs on the wide side.
     half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
     low, high = ((p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    result["interval"] = [max(0.0, low), min(1.0, high)]
-    result["std"] = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
-    return result | {"same_answers": int(same.sum()), "folds": of_folds}
+    std = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
+    return result | {"interval": [max(0.0, low), min(1.0, high)], "std": std, "folds": of_folds}
 
 
 def compare(args: Namespace) -> None:
-    """Judge one policy's answers against another's, or against its own start. Raises UserError if
-    the two are not answers to the same questions."""
-    ours, protocols = load_answers(args.compare, at_start=False)
-    theirs, others = load_answers(args.against or args.compare, at_start=not args.against)
-    first, protocol = next(iter(protocols.items()))
-    for name, other in [*protocols.items(), *others.items()]:
-        differ = [key for key in protocol if protocol[key] != other[key]]
-        require(not differ, f"{first} and {name} do not compare: they differ in {differ}")
-    counts = f"{len(ours)} and {len(theirs)}, or other folds"
-    require(ours.keys() == theirs.keys(), f"not the same prompts are answered: {counts}")
-    pairs, folder = make_pairs(ours, theirs), Path(args.output_dir)
-    shown = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
-    holds = {path.name for path in folder.glob("[!.]*")} if folder.is_dir() else set()
-    if holds:
-        known = "pairs.jsonl" in holds <= {"pairs.jsonl", "key.jsonl", "win_rates.json"}
-        known = known and [x for _, x in read_jsonl(f"{folder}/pairs.jsonl")] == shown
-        require(known, f"--output_dir {folder} holds something else than this comparison")
-    result = None
+    """Judge one policy's answers against another's, or against its own start."""
+    ours, theirs, protocol = load_answers(args)
+    pairs, folder, verdicts = make_pairs(ours, theirs), Path(args.output_dir), None
+    blind = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
+    if holds := {path.name for path in folder.glob("[!.]*")}:
+        same = holds - {"key.jsonl", "win_rates.json"} == {"pairs.jsonl"}
+        same = same and [line for _, line in read_jsonl(f"{folder}/pairs.jsonl")] == blind
+        require(same, f"--output_dir {folder} holds something else than this comparison")
     if args.judge_model:
-        result = win_rates(pairs, judge_by_model(args, pairs))
+        verdicts = judge_by_model(args, pairs)
     elif args.verdicts:
-        result = win_rates(pairs, read_verdicts(args.verdicts, pairs))
-    elif protocol["dataset_name"] == "dice":
-        result = win_rates(pairs, judge_by_reward(pairs))
+        file, given = args.verdicts, {pair["id"]: [] for pair in pairs}
+        points = {"A": 1.0, "B": 0.0, "tie": 0.5}
+        with loading(file, "--verdicts needs a file of JSON Lines"):
+            for number, line in read_jsonl(file):
+                right = isinstance(line.get("id"), str) and line.get("winner") in list(points)
+                says = f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie'
+                require(right, says)
+                given.setdefault(line["id"], []).append(points[line["winner"]])
+        verdicts = np.array([np.mean(given[pair["id"]] or math.nan) for pair in pairs])
+        missing, unknown = np.isnan(verdicts).sum(), len(given) - len(pairs)
+        say(f"{file}: {missing} of {len(pairs)} pairs have no verdict; unknown ids: {unknown}")
+    elif protocol["dataset_name"] == "dice":  # by the true reward; any roll beats no roll
+        A, B = (np.array([all_rolls(p["prompt"]).get(p[x], -1) for p in pairs]) for x in "AB")
+        verdicts = (np.sign(A - B) + 1) / 2
+    result = None if verdicts is None else win_rates(pairs, verdicts)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "pairs.jsonl", *shown)
+    write_json(folder / "pairs.jsonl", *blind)
     write_json(folder / "key.jsonl", *({"id": pair["id"]} | pair["runs"] for pair in pairs))
     ended = [np.mean([line["finished"][0] for line in side.values()]) for side in (ours, theirs)]
     say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
     if result is None:
         says = f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl (key.jsonl: whose they are);"
-        return say(
-            f'{says} go on with --verdicts FILE, lines of {{"id": …, "winner": "A", "B" or "tie"}}'
-        )
-    names = {"compare": args.compare, "against": args.against or ["its start"]}
-    write_json(folder / "win_rates.json", names | result, indent=2)
+        return say(says + ' then --verdicts FILE, lines of {"id": …, "winner": "A", "B" or "tie"}')
+    sides = {"compare": args.compare, "against": args.against or ["its start"]}
+    write_json(folder / "win_rates.json", sides | result, indent=2)
     for fold, x in result["folds"].items():
         bar = f"{'█' * round(40 * x['win_rate']):░<40} {x['win_rate']:6.1%}"
         say(f"fold {fold} {bar}  {x['wins']} wins, {x['ties']} ties, {x['losses']} losses")
-    spread = f" ± {100 * result['std']:.1f} %" if result["std"] is not None else ""
-    low, high = (100 * x for x in result["interval"])
+    rate, low, high = (100 * x for x in (result["win_rate"], *result["interval"]))
+    spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f} %"
     what = f"{result['prompts']} prompts, {result['same_answers']} with equal answers"
-    rate = f"{100 * result['win_rate']:.1f} %{spread}"
-    names = " vs ".join(map(" + ".join, names.values()))
-    say(f"{names}: {rate} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
+    names = " vs ".join(map(" + ".join, sides.values()))
+    say(f"{names}: {rate:.1f} %{spread} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
 
 
 # ------------------------------------------------------------------------------------ machinery
 
 
 class UserError(ValueError):
-    """Something the user can put right; ends the program with this one line."""
-
-    code = 2
+    """Something the user can put right; ends the program with this one line and exit code 2."""
 
 
 class RunError(Exception):
-    """What went wrong with a run that had begun; every checkpoint is kept."""
-
-    code = 1
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM was obeyed, where everything is consistent; exit code 128 + signal."""
+    """What went wrong with a run that had begun; every checkpoint is kept; exit code 1."""
 
 
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED")
@@ -1288,25 +1198,25 @@ def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
 # rows; each works on its share of them (`in_pieces`), and they meet where a gradient, a number to
 # log, a score or an answer belongs to all. Alone, a process does nothing here.
 
-NAMED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LAUNCH = {name: os.environ.get(name, "") for name in NAMED}
-SEVERAL = LAUNCH["WORLD_SIZE"] not in ("", "1")
-read = lambda name, alone: int(LAUNCH[name]) if SEVERAL and LAUNCH[name].isdecimal() else alone
-WORLD_SIZE, RANK, LOCAL_RANK = read("WORLD_SIZE", 1), read("RANK", 0), read("LOCAL_RANK", 0)
+SEVERAL = os.environ.get("WORLD_SIZE", "") not in ("", "1")
+LAUNCH = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+LAUNCH = {name: os.environ.get(name, "") for name in LAUNCH} if SEVERAL else LAUNCH
+WORLD_SIZE, RANK, LOCAL_RANK = (int(x) if x.isdecimal() else 0 for x in LAUNCH.values())
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+# The first process prints: a line, or, where it has a terminal, a bar, which a line does not tear.
+say = tqdm.write if RANK == 0 else lambda message: None
+progress = functools.partial(tqdm, disable=True if RANK else None, dynamic_ncols=True)
 
 
 def meet_processes() -> None:
     """Connect this process to the others, if a launcher has started several."""
     if not SEVERAL or dist.is_initialized():
         return
-    wrong = [name for name, x in LAUNCH.items() if not (x if "ADDR" in name else x.isdecimal())]
-    cure = "start several processes with torchrun, or unset WORLD_SIZE"
-    gpus = torch.cuda.device_count()
-    require(not wrong, f"WORLD_SIZE is {LAUNCH['WORLD_SIZE']!r} without a usable {wrong}: {cure}")
+    gpus, cure = torch.cuda.device_count(), "start processes with torchrun, or unset WORLD_SIZE"
+    require(all(map(str.isdecimal, LAUNCH.values())), f"the launcher set {LAUNCH}: {cure}")
     require(LOCAL_RANK < gpus or not gpus, f"there are {gpus} GPUs: lower --nproc_per_node")
-    waits = "process {RANK} waits at {MASTER_ADDR}:{MASTER_PORT} for all {WORLD_SIZE}"
-    print(waits.format(**LAUNCH), file=sys.stderr)
+    address = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
+    print(f"process {RANK} of {WORLD_SIZE} waits for the others at {address}", file=sys.stderr)
     with loading("the other processes", cure):
         if gpus:
             torch.cuda.set_device(DEVICE)
@@ -1332,18 +1242,6 @@ def on_first(work: Callable[[], Any]) -> None:
         raise error
 
 
-def say(message: str) -> None:
-    """Print a line, once, without tearing the progress bar."""
-    if RANK == 0:
-        tqdm.write(message)
-
-
-def progress(items: Iterable, desc: str, **options: Any) -> tqdm:
-    """A progress bar, on terminals."""
-    hidden = True if RANK or not desc else None
-    return tqdm(items, desc, disable=hidden, dynamic_ncols=True, **options)
-
-
 def write(path: Path, content: Callable[[Path], Any]) -> None:
     """`content` writes a file or folder under another name; it becomes `path` once it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1358,9 +1256,9 @@ def write_json(path: Path, *objects: dict, indent: int | None = None) -> None:
     write(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
 
 
-def load_json(path: Path) -> dict:
-    """The object in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def load_json(folder: str | Path, name: str) -> dict:
+    """The object in a JSON file of a run."""
+    return json.loads(Path(folder, name).read_text(encoding="utf-8"))
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -1398,10 +1296,8 @@ def save_checkpoint(run: Run) -> None:
 # ------------------------------------------------------------------------------------ arguments
 
 MODEL, DATASET = "google/flan-t5-large", "openbmb/UltraFeedback"
-PINNED = {
-    MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a",
-    DATASET: "40b436560ca83a8dba36114c22ab3c66e43f6d5e",  # overall_scores of 10 corrected
-}
+PINNED = {MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a"}
+PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # overall_scores of 10 corrected
 # What --dice changes: a run of SFT in RUN/sft, then a run from it. The value learns ten times faster
 # than the policy: else the policy chases a wrong V, and mass leaks to what is no roll.
 DICE = {
@@ -1495,10 +1391,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Flags to Namespace. Raises UserError for a bad one, or for some that do not go together."""
     parser, defaults = make_parser()
     given = vars(parser.parse_args(argv))
+    zeros = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
     for name, x in given.items():
-        may_be_0 = name in ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
-        may_be_0 |= name.endswith("learning_rate")
-        right = type(x) not in (int, float) or math.isfinite(x) and (x > 0 or may_be_0 and x == 0)
+        may_be_0 = name in zeros or "learning_rate" in name
+        right = type(x) not in (int, float) or 0 < x < math.inf or may_be_0 and x == 0
         require(right, f"--{name} must be a finite number {'>=' if may_be_0 else '>'} 0, not {x}")
     if "resume" in given:
         return resumed_args(given)
@@ -1518,42 +1414,39 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         args.max_steps = args.save_steps = args.overfit_steps
         args.warmup_steps, args.logging_steps = 0, 1
     # A step's rows depend on their number alone, however many processes share them.
-    size, budget = args.per_device_train_batch_size, 1024
+    size, log, save = args.per_device_train_batch_size, args.logging_steps, args.save_steps
     args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
-    if DEVICE.type == "cuda":
-        budget = size * (args.max_prompt_length + args.max_completion_length)
-    args.micro_batch_tokens = args.micro_batch_tokens or budget
+    full = size * (args.max_prompt_length + args.max_completion_length)
+    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 1024)
     V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
-    alone = not any((args.against, *judges))
-    require(args.compare or alone, "--against, --judge_model and --verdicts go with --compare")
+    apart = args.compare or not any((args.against, *judges))
+    require(apart, "--against, --judge_model and --verdicts go with --compare")
     require(not all(judges), "--judge_model and --verdicts are two judges: give one")
     require(V or args.value == "prompt", f"--value {args.value} goes with --loss dro_v")
-    shared = args.share_policy_and_value_backbone
-    require(V == "prompt" or not shared, "a shared backbone goes with --loss dro_v --value prompt")
-    several = args.train_batch_size > 1 or not (args.loss == "kto" or V == "batch")
-    require(several, "--loss kto and --value batch take a batch's mean: one row is too few")
-    save, log = args.save_steps, args.logging_steps
+    fits = V == "prompt" or not args.share_policy_and_value_backbone
+    require(fits, "a shared backbone goes with --loss dro_v --value prompt")
+    enough = args.train_batch_size > 1 or args.loss != "kto" and V != "batch"
+    require(enough, "--loss kto and --value batch take a batch's mean: one row is too few")
     require(save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}")
     return args
 
 
 def resumed_args(given: dict[str, Any]) -> Namespace:
-    """The arguments of the run in given["resume"]. What says how work is cut, or what is kept,
-    changes nothing that is learnt and may be given. Raises UserError for all else."""
-    folder, free = given.pop("resume"), ("micro_batch_tokens", "save_total_limit")
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    """The arguments of the run in given["resume"], or else a UserError."""
+    # How work is cut, and what is kept, changes nothing that is learnt.
+    free = {"gradient_accumulation_steps", "per_device_train_batch_size"}
+    folder, free = given.pop("resume"), free | {"micro_batch_tokens", "save_total_limit"}
     with loading(f"--resume {folder}", "it is no run"):
-        args = Namespace(**load_json(Path(folder, "args.json"))["args"])
+        args = Namespace(**load_json(folder, "args.json")["args"])
         for name, value in given.items():
             if value != (old := getattr(args, name)):
-                says = f"--{name} {value} (it was {old}) would make it another run: start one"
-                require(name in free + sizes, says)
-                say(f"going on with --{name} {value} (it was {old})")
+                change = f"--{name} {value} (it was {old})"
+                require(name in free, f"{change} would make it another run: start one")
+                say(f"going on with {change}")
                 setattr(args, name, value)
-    others = args.gradient_accumulation_steps * WORLD_SIZE
-    says = f"a step has {args.train_batch_size} rows, {WORLD_SIZE} processes share it: "
-    says += f"give --{sizes[0]} {args.train_batch_size / others:g}"
-    require(args.per_device_train_batch_size * others == args.train_batch_size, says)
+    B, others = args.train_batch_size, args.gradient_accumulation_steps * WORLD_SIZE
+    cure = f"{WORLD_SIZE} processes share it: give --per_device_train_batch_size {B / others:g}"
+    require(args.per_device_train_batch_size * others == B, f"a step has {B} rows, {cure}")
     args.resume = args.output_dir = folder
     return args
 
@@ -1563,30 +1456,28 @@ def resumed_args(given: dict[str, Any]) -> Namespace:
 
 def start(args: Namespace, locks: ExitStack) -> Run:
     """Load everything, check everything, and only then claim the folder. Raises UserError."""
-    folder = Path(args.output_dir)
-    lock, found, saved = filelock.FileLock(folder / ".lock", blocking=False), {}, {}
+    folder, kept = Path(args.output_dir), "prompt_split_manifest.json"
+    lock = filelock.FileLock(folder / ".lock", blocking=False)
     if args.resume:
         with loading(folder, "a run that is alive works there"):
             on_first(lambda: locks.enter_context(lock))
-        found = checkpoints(folder)
-        with suppress(FileNotFoundError):
-            saved = load_json(folder / "prompt_split_manifest.json")
     unused = args.resume or not folder.is_dir() or not any(folder.iterdir())
-    require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
-    *older, newest = ["the beginning", *(path.name for path in found.values())]
-    newest = folder / newest if found else None
-    cure = f"remove it, and --resume goes on from {older[-1] if found else ''}"
+    require(
+        gather(unused)[0], f"--output_dir {folder} is not empty: give another one, or --resume it"
+    )
+    saved = load_json(folder, kept) if Path(folder, kept).exists() else {}
+    found = checkpoints(folder)
+    newest, before = [*reversed(found.values()), None, None][:2]
+    cure = f"remove it, and --resume goes on from {before.name if before else 'the beginning'}"
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
     source = str(newest or ("dice" if sft_first else args.model_name_or_path))
     with loading(newest, cure, always=bool(newest)):
-        policy, tokenizer = load_policy(source, None if newest else args.model_revision, args.seed)
-    seq2seq = policy.config.is_encoder_decoder
+        policy, tokenizer = load_policy(source, args.model_revision, args.seed)
     recomputes = policy.supports_gradient_checkpointing or not args.gradient_checkpointing
     require(recomputes, f"{source} does not support --gradient_checkpointing")
-    frame, padding = (
-        saved.get("frame") or text_frame(tokenizer, seq2seq),
-        "right" if seq2seq else "left",
-    )
+    seq2seq = policy.config.is_encoder_decoder
+    padding = "right" if seq2seq else "left"
+    frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
     sides, fold_of, manifest = load_sides(args, encoding, padding)
@@ -1604,17 +1495,13 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         sides["rolls"] = rolls_side(fold_of, manifest, encoding, padding)
     lengths = np.concatenate([side.lengths for side in sides.values()])
     (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
-    needed = max(x, y, new) if seq2seq else max(both, x + new)
-    limit, flags = (
-        position_limit(policy.config),
-        "--max_prompt_length, --max_completion_length or --max_new_tokens",
-    )
-    require(needed <= limit, f"{needed} tokens, but the model has {limit} positions: lower {flags}")
+    needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy.config)
+    says = f"{needed} tokens, but the model has {limit} positions: lower --max_prompt_length"
+    require(needed <= limit, f"{says}, --max_completion_length or --max_new_tokens")
     if args.warmup_steps > args.max_steps > 0:
         say(f"the {args.warmup_steps} steps of warm-up are longer than the run")
 
     def claim() -> None:
-        log_file = folder / "metrics.jsonl"
         if not args.resume:
             versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
             content = {"args": vars(args), "versions": versions | {"python": sys.version}}
@@ -1623,39 +1510,15 @@ def start(args: Namespace, locks: ExitStack) -> Run:
                 with open(folder / "args.json", "x", encoding="utf-8") as file:
                     file.write(json.dumps(content, indent=2) + "\n")
                 locks.enter_context(lock)
-        write_json(folder / "prompt_split_manifest.json", manifest, indent=2)
-        log_file.unlink(missing_ok=True)  # it is to be as it was at the checkpoint
-        if newest:
-            with loading(newest, cure):
-                shutil.copy(newest / log_file.name, log_file)
+        write_json(folder / kept, manifest, indent=2)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
 
     on_first(claim)
+    for signum in (signal.SIGINT, signal.SIGTERM):  # until here, they end the program at once
+        locks.callback(signal.signal, signum, signal.signal(signum, request_stop))
     if sft_first:
-        sft = Namespace(**vars(args) | DICE_SFT | {"output_dir": str(folder / "sft")})
-        begun, finished = (Path(sft.output_dir, x).exists() for x in ("args.json", "results.json"))
-        begun, finished = gather((begun, finished))[0]
-        sft.resume = sft.output_dir if begun else None
-        if not finished:
-            say("\nSFT, which is to be π_ref, learns to roll fair dice")
-            reproduce(start(sft, locks))
-            say("\nand from there:")
-        policy, tokenizer = load_policy(sft.output_dir)
+        policy, tokenizer = dice_sft(args, locks)
     run = Run(args, policy.train().to(DEVICE), tokenizer, frame, sides, fold_of, manifest)
-    prepare(run)
-    if newest:
-        run.step = max(found)
-        with loading(newest, cure, always=True):
-            if run.value_model:
-                load_model(run.value_model, newest / "value_model" / "model.safetensors")
-            state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-            run.optimizer.load_state_dict(state)
-        say(f"going on from {newest}")
-    return run
-
-
-def prepare(run: Run) -> None:
-    """Give a run its V and its optimiser."""
-    args, policy = run.args, run.policy
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
@@ -1671,53 +1534,64 @@ def prepare(run: Run) -> None:
         # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is
         # on the gradient's scale; torch's own would let the size of small gradients matter.
         run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+    if newest:
+        run.step = max(found)
+        with loading(newest, cure, always=True):
+            # The log is to be as it was then.
+            on_first(lambda: shutil.copy(newest / "metrics.jsonl", folder))
+            if run.value_model:
+                load_model(run.value_model, newest / "value_model" / "model.safetensors")
+            state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
+            run.optimizer.load_state_dict(state)
+        say(f"going on from {newest}")
+    return run
+
+
+def dice_sft(args: Namespace, locks: ExitStack) -> tuple[PreTrainedModel, Any]:
+    """The run of SFT in RUN/sft, begun, gone on with or finished: its policy, π_ref for `args`."""
+    folder = Path(args.output_dir, "sft")
+    holds = gather({path.name for path in folder.glob("*.json")})[0]
+    where = {"output_dir": str(folder), "resume": str(folder) if "args.json" in holds else None}
+    if "results.json" not in holds:
+        say("\nSFT, which is to be π_ref, learns to roll fair dice")
+        reproduce(start(Namespace(**vars(args) | DICE_SFT | where), locks))
+        say("\nand from there:")
+    return load_policy(str(folder))
 
 
 def reproduce(run: Run) -> None:
     """π_ref → evaluation → training → answers → results.json, which makes a run a finished one."""
     args, folder, answers = run.args, Path(run.args.output_dir), not run.args.overfit_one_batch
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, request_stop)
-    if args.loss != "sft":
-        fix_reference(run)
-    if run.step == 0:
-        if args.max_steps > 0:
-            check_alike(run)
-        if answers:
-            evaluate(run)
-            generate(run)
+    fix_reference(run)
+    if run.step == 0 and answers:
+        evaluate(run)
+        generate(run)
     train(run)
     if answers and args.max_steps > 0:
         generate(run)
     results = {"step": run.step} | (dice_report(run) if "rolls" in run.sides else {})
-
-    def finish() -> None:
-        save_networks(run, folder)
-        lines = [line for _, line in read_jsonl(f"{folder}/metrics.jsonl")]
-        if answers:
-            results.update([line for line in lines if "eval_loss" in line][-1])
-            ended = [x["finished"] for _, x in read_jsonl(f"{folder}/generations-{run.step}.jsonl")]
-            results["finished"] = float(np.mean(ended))
-            say(f"{results['finished']:.1%} of {len(ended)} answers ended by themselves")
-        else:
-            losses = [line["loss"] for line in lines if "loss" in line]
-            results.update(first_loss=losses[0], last_loss=losses[-1])
-            say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
-        write_json(folder / "results.json", results, indent=2)
-        say(f"the policy, its results and its answers are in {folder}")
-
-    on_first(finish)
+    lines = [line for _, line in read_jsonl(f"{folder}/metrics.jsonl")]
+    if answers:
+        results |= [line for line in lines if "eval_loss" in line][-1]
+        ended = [x["finished"] for _, x in read_jsonl(f"{folder}/generations-{run.step}.jsonl")]
+        results["finished"] = float(np.mean(ended))
+        say(f"{results['finished']:.1%} of {len(ended)} answers ended by themselves")
+    else:
+        losses = [line["loss"] for line in lines if "loss" in line]
+        results |= {"first_loss": losses[0], "last_loss": losses[-1]}
+        say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
+    on_first(lambda: save_networks(run, folder))
+    on_first(lambda: write_json(folder / "results.json", results, indent=2))
+    say(f"the policy, its results and its answers are in {folder}")
     if args.as_is and not (results["gain_share"] >= 0.98 and results["policy"]["valid"] >= 0.95):
         shares = f"{results['gain_share']:.1%} of the gain, {results['policy']['valid']:.1%} valid"
         raise RunError(f"the example misses its target, 98 % and 95 %: {shares}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The whole program; `argv` as on the command line.
-
-    Exits with 2 on what the user can put right, 1 on what the machine or the numbers did wrong,
-    128 + signal when stopped; always with one line that says how to go on.
-    """
+    """The whole program; `argv` as on the command line. Exits with 2 on what the user can put right,
+    1 on what the machine or the numbers did wrong, 128 + signal when stopped; always with one line,
+    which says how to go on."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no π shows a question mark
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")
@@ -1737,7 +1611,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # in bfloat16 they round differently, and log π/π_ref would show it.
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     stop_signals.clear()
     code, says, args = 0, "", None
     try:
@@ -1746,7 +1619,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             args = parse_args(argv)
             args.output_dir = gather(args.output_dir)[0]  # a name may hold the time
             if args.compare:
-                on_first(lambda: compare(args))
+                require(WORLD_SIZE == 1, "--compare takes one process: start it without torchrun")
+                compare(args)
             elif args.resume and Path(args.resume, "results.json").exists():
                 say(f"{args.resume} is finished: see its results.json")
             else:
@@ -1754,16 +1628,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     torch.set_num_threads(1)  # so small a model is no faster with more
                 reproduce(start(args, locks))
     except (UserError, RunError) as error:
-        code, says = error.code, error
-    except (Stopped, KeyboardInterrupt) as error:
+        code, says = 2 if isinstance(error, UserError) else 1, error
+    except KeyboardInterrupt as error:
         code, says = 128 + [*stop_signals, signal.SIGINT][0], str(error) or "stopped at once"
     except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        code, says = 1, error or "out of memory"
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        code, says = 1, str(error) or "out of memory"
     files = {path.name for path in Path(args.output_dir).glob("*.json")} if args else set()
     if code not in (0, 2) and "args.json" in files and "results.json" not in files:
         says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
