@@ -134,6 +134,8 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
         load = kinds[config.is_encoder_decoder].from_pretrained
         policy, info = load(source, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    two_sided = any("MaskedLM" in name for name in config.architectures or ())
+    require(not two_sided, f"{source} is a masked language model: it reads what is to come")
     lacking = sorted(info["missing_keys"])
     require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
     files = (*tokenizer.vocab_files_names.values(), "tokenizer_config.json")
@@ -146,6 +148,7 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
     except ValueError:  # which could not be saved, either
         policy.generation_config = transformers.GenerationConfig.from_model_config(config)
         say(f"{source} has a generation_config that contradicts itself: it is not kept")
+    config = policy.config  # its own copy
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
         say(f"{source} names no start token: the pad token, {config.pad_token_id}, is taken")
@@ -278,7 +281,7 @@ def read_rows(args: Namespace) -> Iterator[dict]:
     """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
     name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
     takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
-    a_file = os.path.exists(name) or name[0] in "./~" or ending and ending in takes
+    a_file = os.path.exists(name) or name[:1] in "./~" or ending and ending in takes
     with loading(name, f"{takes}; --dice needs none"):
         if name == "dice":
             yield from dice_rolls(args.seed)
@@ -297,6 +300,8 @@ def read_rows(args: Namespace) -> Iterator[dict]:
             csv.field_size_limit(2**31 - 1)
             reader = csv.DictReader((line for _, line in lines_of(name)), strict=True)
             try:
+                if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+                    raise csv.Error("a column stands twice in the header")
                 for row in reader:
                     if None in row or None in row.values():
                         raise csv.Error("more or fewer fields than in the header")
@@ -534,8 +539,9 @@ def make_side(prompts, completions, rewards, encoding: Callable, padding: str) -
 
 
 def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict, dict, dict]:
-    """Triplets → prompt split → normalised rewards → tokens. Returns the sides "train" and "eval",
-    each held-out prompt's fold in the order of the split, and the manifest. Raises UserError."""
+    """Triplets → prompt split → normalised rewards → tokens. Returns the sides ("train" and "eval";
+    for KTO "mismatched", for dice "rolls"), each held-out prompt's fold in the order of the split,
+    and the manifest. Raises UserError."""
     dropped, counts, index, sides = Counter(), Counter(), args.eval_fold_index, {}
     triplets = load_triplets(args, dropped)
     row_prompts = triplets["prompt"][:]
@@ -590,6 +596,15 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     if unknown:
         say("of unknown tokens: a T5's tokenizer has none for line breaks and braces")
     manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
+    if args.overfit_one_batch:
+        side = sides["train"]
+        rows = np.unique(step_rows(1, len(side.x), args.train_batch_size, args.seed))
+        parts = ([part[row] for row in rows] for part in (side.prompts, side.x, side.y))
+        sides, fold_of = {"train": Side(*parts, side.rewards[rows], padding)}, {}
+    if args.loss == "kto":
+        sides["mismatched"] = mismatched(sides["train"])
+    if args.dataset_name == "dice" and args.loss != "sft" and fold_of:
+        sides["rolls"] = rolls_side(fold_of, manifest, encoding, padding)
     return sides, fold_of, manifest | {"dropped": dict(dropped)}
 
 
@@ -720,13 +735,19 @@ def fix_reference(run: Run) -> None:
             if name == "train":
                 log(run, {"reference_seconds": time.perf_counter() - started})
         on_first(lambda: write(file, lambda path: save_file(logps, path)))
-    for name, logps in load_file(file).items() if args.loss != "sft" else ():
-        run.sides[name].ref_logps = logps
+    if args.loss != "sft":
+        with loading(file, "π_ref is lost with it: start again, elsewhere"):
+            logps = load_file(file)
+            for name, scored in run.sides.items():
+                require(len(scored.x) == len(logps[name]), "it is another run's")
+                scored.ref_logps = logps[name]
     if first and args.max_steps > 0:
         rows = np.unique(step_rows(1, total, args.train_batch_size, args.seed))
         once, again = (score(run, side, rows)[0] for _ in range(2))
         if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
-            raise RunError("a batch does not score alike twice: has the config dropout or noise?")
+            raise RunError(
+                "a batch does not score alike twice: NaN in the weights, dropout or noise?"
+            )
         if args.loss != "sft":
             off = (once - side.ref_logps[rows]).square().mean().sqrt()
             say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
@@ -1394,10 +1415,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     zeros = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
     for name, x in given.items():
         may_be_0 = name in zeros or "learning_rate" in name
-        right = type(x) not in (int, float) or 0 < x < math.inf or may_be_0 and x == 0
+        most = 2**63 if type(x) is int else math.inf
+        right = type(x) not in (int, float) or 0 < x < most or may_be_0 and x == 0
         require(right, f"--{name} must be a finite number {'>=' if may_be_0 else '>'} 0, not {x}")
     if "resume" in given:
-        return resumed_args(given)
+        return resumed_args(given, defaults)
     preset = DICE | (DICE_SFT if given.get("loss") == "sft" else {}) if given.get("dice") else {}
     args = Namespace(**defaults | preset | given)
     args.as_is = args.dice and given.keys() <= {"dice", "seed", "tau", "output_dir"}
@@ -1431,13 +1453,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-def resumed_args(given: dict[str, Any]) -> Namespace:
+def resumed_args(given: dict[str, Any], defaults: dict[str, Any]) -> Namespace:
     """The arguments of the run in given["resume"], or else a UserError."""
     # How work is cut, and what is kept, changes nothing that is learnt.
     free = {"gradient_accumulation_steps", "per_device_train_batch_size"}
     folder, free = given.pop("resume"), free | {"micro_batch_tokens", "save_total_limit"}
     with loading(f"--resume {folder}", "it is no run"):
         args = Namespace(**load_json(folder, "args.json")["args"])
+        require(defaults.keys() <= vars(args).keys(), f"{folder}/args.json lacks arguments")
         for name, value in given.items():
             if value != (old := getattr(args, name)):
                 change = f"--{name} {value} (it was {old})"
@@ -1461,12 +1484,13 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     if args.resume:
         with loading(folder, "a run that is alive works there"):
             on_first(lambda: locks.enter_context(lock))
-    unused = args.resume or not folder.is_dir() or not any(folder.iterdir())
-    require(
-        gather(unused)[0], f"--output_dir {folder} is not empty: give another one, or --resume it"
-    )
-    saved = load_json(folder, kept) if Path(folder, kept).exists() else {}
-    found = checkpoints(folder)
+    unused = gather(args.resume or not folder.is_dir() or not any(folder.iterdir()))[0]
+    require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
+    found, saved = checkpoints(folder), {}
+    if found or args.resume and (folder / kept).exists():
+        with loading(folder / kept, "put it back, or start again elsewhere"):
+            saved = load_json(folder, kept)
+            require(saved["frame"], "it is empty")
     newest, before = [*reversed(found.values()), None, None][:2]
     cure = f"remove it, and --resume goes on from {before.name if before else 'the beginning'}"
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
@@ -1482,17 +1506,8 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
     sides, fold_of, manifest = load_sides(args, encoding, padding)
     manifest = json.loads(json.dumps(manifest | {"frame": frame}))
-    changed = [name for name in saved if saved[name] != manifest[name]]
+    changed = [name for name in saved if saved[name] != manifest.get(name)]
     require(not changed, f"the data have changed since this run began: {', '.join(changed)}")
-    if args.overfit_one_batch:
-        side = sides["train"]
-        rows = np.unique(step_rows(1, len(side.x), args.train_batch_size, args.seed))
-        parts = ([part[row] for row in rows] for part in (side.prompts, side.x, side.y))
-        sides, fold_of = {"train": Side(*parts, side.rewards[rows], padding)}, {}
-    if args.loss == "kto":
-        sides["mismatched"] = mismatched(sides["train"])
-    if args.dataset_name == "dice" and args.loss != "sft" and fold_of:
-        sides["rolls"] = rolls_side(fold_of, manifest, encoding, padding)
     lengths = np.concatenate([side.lengths for side in sides.values()])
     (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
     needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy.config)
@@ -1635,8 +1650,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         code, says = 1, str(error) or "out of memory"
-    files = {path.name for path in Path(args.output_dir).glob("*.json")} if args else set()
-    if code not in (0, 2) and "args.json" in files and "results.json" not in files:
+    begun, done = (args and f"{args.output_dir}/{x}.json" for x in ("args", "results"))
+    if code not in (0, 2) and begun and os.path.exists(begun) and not os.path.exists(done):
         says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
     if code and (RANK == 0 or code == 1 or not dist.is_initialized()):  # what all find, one says
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
