@@ -739,15 +739,13 @@ def fix_reference(run: Run) -> None:
         with loading(file, "π_ref is lost with it: start again, elsewhere"):
             logps = load_file(file)
             for name, scored in run.sides.items():
-                require(len(scored.x) == len(logps[name]), "it is another run's")
+                require(len(scored.x) == len(logps[name]), f"{file} is another run's")
                 scored.ref_logps = logps[name]
     if first and args.max_steps > 0:
         rows = np.unique(step_rows(1, total, args.train_batch_size, args.seed))
         once, again = (score(run, side, rows)[0] for _ in range(2))
         if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
-            raise RunError(
-                "a batch does not score alike twice: NaN in the weights, dropout or noise?"
-            )
+            raise RunError("a batch does not score alike twice: is there NaN, dropout or noise?")
         if args.loss != "sft":
             off = (once - side.ref_logps[rows]).square().mean().sqrt()
             say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
