@@ -114,7 +114,7 @@ def kto_loss(
 # --------------------------------------------------------------------------------------- models
 
 # A policy is any encoder-decoder or any decoder-only model. What follows, `text_frame` and
-# `generate` know the two kinds; nothing else does.
+# `generate` know the two kinds; all else knows on which side prompts are padded.
 
 
 def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, Any]:
@@ -176,7 +176,7 @@ def position_limit(config: transformers.PreTrainedConfig) -> float:
 @contextmanager
 def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within it, the product with the vocabulary, the largest of all, sees only selected states, and
-    is in float32: in bfloat16 a logit has three digits, and rounding adds up over tokens."""
+    keeps out of bfloat16, in which a logit has three digits, and rounding adds up over tokens."""
     head, exact = model.get_output_embeddings(), torch.autocast(DEVICE.type, enabled=False)
     head.forward = exact(lambda states: type(head).forward(head, select(states).float()))
     try:
@@ -281,7 +281,8 @@ def read_rows(args: Namespace) -> Iterator[dict]:
     """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
     name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
     takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
-    a_file = os.path.exists(name) or name[:1] in "./~" or ending and ending in takes
+    endings = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv")
+    a_file = os.path.exists(name) or name[:1] in "./~" or ending in endings
     with loading(name, f"{takes}; --dice needs none"):
         if name == "dice":
             yield from dice_rolls(args.seed)
@@ -399,16 +400,14 @@ def split_prompts(
     once, answer all). Raises UserError if there are too few prompts, or no such fold.
     """
     unique = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt))
-    first, last, needed = 0, num_eval_prompts, num_eval_prompts
-    if mode == "prompt_fold":
-        last = needed = num_eval_folds * eval_prompts_per_fold
-        if eval_fold_index != "all":
-            says = f"--eval_fold_index must be 0 to {num_eval_folds - 1}, or all"
-            require(0 <= eval_fold_index < num_eval_folds, says)
-            first = eval_fold_index * eval_prompts_per_fold
-            last = first + eval_prompts_per_fold
-    says = f"cannot hold out {needed} of {len(unique)} prompts: lower --num_eval_prompts, or"
-    enough = needed <= len(unique) and last - first < len(unique)
+    folds, size, index = num_eval_folds, eval_prompts_per_fold, eval_fold_index
+    if mode == "prompt_seeded":
+        folds, size, index = 1, num_eval_prompts, 0
+    says = f"--eval_fold_index must be 0 to {folds - 1}, or all"
+    require(index == "all" or 0 <= index < folds, says)
+    first, last = (0, folds * size) if index == "all" else (index * size, (index + 1) * size)
+    says = f"cannot hold out {folds * size} of {len(unique)} prompts: lower --num_eval_prompts, or"
+    enough = folds * size <= len(unique) and last - first < len(unique)
     require(enough, f"{says} --num_eval_folds and --eval_prompts_per_fold")
     return unique[:first] + unique[last:], unique[first:last]
 
@@ -604,7 +603,10 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     if args.loss == "kto":
         sides["mismatched"] = mismatched(sides["train"])
     if args.dataset_name == "dice" and args.loss != "sft" and fold_of:
-        sides["rolls"] = rolls_side(fold_of, manifest, encoding, padding)
+        rolls = [(p, *roll) for p in fold_of if " 4d" not in p for roll in all_rolls(p).items()]
+        require(rolls, "no held-out prompt has less than four dice: hold out more")
+        *texts, raw = zip(*rolls)
+        sides["rolls"] = make_side(*texts, (np.array(raw) - mean) / std, encoding, padding)
     return sides, fold_of, manifest | {"dropped": dict(dropped)}
 
 
@@ -632,8 +634,8 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
 
 
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: float) -> list[np.ndarray]:
-    """Cut `rows` into pieces of like length: at most `max_tokens` padded tokens, a tenth of them
-    padding; or a single row."""
+    """Cut `rows` into pieces of like length: at most `max_tokens` with padding, and a tenth of that
+    of padding; or a single row."""
     order = np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]  # by completion, then by prompt
     pieces, longest, tokens = [], 0, 0
     for row in rows[order]:
@@ -693,15 +695,17 @@ def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc=""
 
     @torch.no_grad()
     def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
-        if stop_signals and run.step == 0:  # later, at a log line, with a checkpoint
-            raise KeyboardInterrupt("stopped")
         return list(zip(piece.tolist(), function(piece, batch), strict=True))
 
-    chunks = micro_batches(rows, side.lengths, 16 * run.args.micro_batch_tokens)
-    bar = progress(chunks, desc) if desc else chunks
-    parts = gather([in_pieces(run, side, chunk, work) for chunk in bar])
+    tokens = 16 * max(gather(run.args.micro_batch_tokens))  # alike on all processes
+    chunks, parts = micro_batches(rows, side.lengths, tokens), []
+    for chunk in progress(chunks, desc) if desc else chunks:
+        saved = run.step in (0, *checkpoints(Path(run.args.output_dir)))
+        if saved and any(gather(bool(stop_signals))):  # else at the next log line
+            raise KeyboardInterrupt("stopped")
+        parts.append(in_pieces(run, side, chunk, work))
     flat = itertools.chain.from_iterable
-    items = dict(flat(flat(flat(parts))))
+    items = dict(flat(flat(flat(gather(parts)))))
     return [items[row] for row in rows.tolist()]
 
 
@@ -756,18 +760,19 @@ def backward(run: Run, means: tuple | None, divisor: float, piece: np.ndarray, b
     Another loss is a function like `kto_loss`, a branch here, and a name in `make_parser`."""
     args, x, y, rewards = run.args, batch["input_ids"], batch["labels"], batch["rewards"]
     logps, ref_logps = sequence_logps(run.policy, batch), batch.get("ref_logps")
+    record = {} if args.loss == "sft" else {"log_ratio": logps - ref_logps, "reward": rewards}
     if args.loss == "sft":  # maximum likelihood
-        losses = -logps
-        record = {"loss": losses, "completion_tokens": (y != -100).sum(-1)}
-    else:
-        record = {"log_ratio": logps - ref_logps, "reward": rewards}
-    if args.loss == "kto":
+        losses = record["loss"] = -logps
+        record["completion_tokens"] = (y != -100).sum(-1)
+    elif args.loss == "kto":
         desirable, kl = rewards > means[0] + 1e-6, torch.tensor(max(0.0, means[1]))
         losses = record["loss"] = kto_loss(logps, ref_logps, desirable, kl, args.tau)
-    elif args.loss == "dro_v":
-        # DRO-P: the gradient of ½ Var(u), u = r − τ log π/π_ref, is mean((u − ū) ∇u), so V = ū.
-        mean = lambda x, mask: torch.full_like(rewards, means[0] - args.tau * means[1])
-        values = record["value"] = (run.value_model or mean)(x, batch["attention_mask"])
+    else:
+        if run.value_model:
+            values = run.value_model(x, batch["attention_mask"])
+        else:  # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
+            values = torch.full_like(rewards, means[0] - args.tau * means[1])
+        record["value"] = values
         policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
         losses = policy_loss + value_loss
     with torch.autocast(DEVICE.type, enabled=False):
@@ -812,7 +817,7 @@ def train(run: Run) -> None:
         for name, network in networks.items():
             norm = nn.utils.clip_grad_norm_(network, args.max_grad_norm or math.inf)
             window[name].append(norm.reshape(1))
-        for group in groups:
+        for group in groups:  # initial_lr: get_scheduler has put it there
             group["lr"] = group["initial_lr"] * factor(run.step)
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -975,15 +980,6 @@ def all_rolls(prompt: str) -> dict[str, int]:
     return {"".join(map(str, roll)): sum(roll) for roll in rolls}
 
 
-def rolls_side(prompts: Iterable[str], manifest: dict, encoding: Callable, padding: str) -> Side:
-    """Every roll that `dice_report` looks at: of the prompts of at most three dice."""
-    rolls = [(p, *roll) for p in prompts if " 4d" not in p for roll in all_rolls(p).items()]
-    require(rolls, "no held-out prompt has less than four dice: hold out more")
-    prompts, completions, raw = zip(*rolls)
-    rewards = (np.array(raw) - manifest["reward_mean"]) / manifest["reward_std"]
-    return make_side(prompts, completions, rewards, encoding, padding)
-
-
 def dice_report(run: Run) -> dict:
     """How much of the attainable rise of Eq. 1, from the trained π_ref, the policy has, exactly, given
     a valid roll: nobody rated what is none, so DRO-V cannot know of it; its mass stands beside."""
@@ -998,7 +994,7 @@ def dice_report(run: Run) -> dict:
         log_p, mass[2] = logs - mass, 0.0
         p = log_p.exp()
         table.append(torch.stack([p @ rewards, mass.exp()[:, 0], (p * (log_p - log_p[0])).sum(1)]))
-        shown[abs(len(rows) - 6)] = prompt, p.T[:8].tolist()
+        shown[abs(len(rows) - 6)] = prompt, p.T[:8].tolist()  # one of about six rolls is printed
     prompt, bars = shown[min(shown)]
     say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
     policies = {"π_ref": "sft", "π_θ": "policy", "π*": "optimum"}
@@ -1015,7 +1011,7 @@ def dice_report(run: Run) -> dict:
         results[key] = {"reward": raw, "valid": valid, "kl": kl, "objective": goal}
         say(f"{name:<8}{raw:>12.3f}{kl:>9.4f}{goal:>11.4f}{valid:>12.2%}")
     low, reached, best = (results[key]["objective"] for key in policies.values())
-    gain = (reached - low) / (best - low or math.nan)
+    gain = (reached - low) / max(best - low, 1e-12)
     rmse = float(np.sqrt(np.mean(np.square(errors)))) if run.value_model else None
     off = f"; V(x) is off V*(x) by {rmse:.3f} (root mean square)" if run.value_model else ""
     say(f"π_θ has {gain:.2%} of the rise of the objective that π* has{off}")
@@ -1094,9 +1090,10 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     side.y = [ids[: first + 1] for ids in side.y]
     needed = side.lengths.max(1) if seq2seq else side.lengths.sum(1)
     fits = (needed <= limit).reshape(-1, 4).all(1)
+    require(fits.any(), f"{name} cannot judge: all pairs are longer than its {limit} positions")
     run = Run(args, model.to(DEVICE).eval(), tokenizer, frame)
     logps = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2).numpy()
-    mass = np.exp(logps).sum() / max(1, 2 * len(logps))
+    mass = np.exp(logps).sum() / (2 * len(logps))
     say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
     require(mass >= 0.1, f"{name} cannot judge: it gives A and B together {mass:.1%}, not 10 %")
     margins = (logps[:, :, 0] - logps[:, :, 1]) * [1, -1]  # in the second order A is called B
@@ -1284,6 +1281,12 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints by their step, oldest first."""
     found = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()}
     return dict(sorted(found.items()))
+
+
+# A run on disk, in the order of writing: args.json, the manifest, π_ref's numbers, the first answers,
+# checkpoints, the last answers, results.json; each whole or not there. --resume takes the arguments
+# and π_ref's numbers from the run, networks, optimiser and log from its newest checkpoint (without one
+# it begins at step 0), and a step's rows from the step's number.
 
 
 def save_networks(run: Run, folder: Path) -> None:
@@ -1525,6 +1528,8 @@ def start(args: Namespace, locks: ExitStack) -> Run:
                 locks.enter_context(lock)
         write_json(folder / kept, manifest, indent=2)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for half_written in folder.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(half_written)
 
     on_first(claim)
     for signum in (signal.SIGINT, signal.SIGTERM):  # until here, they end the program at once
@@ -1603,8 +1608,8 @@ def reproduce(run: Run) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The whole program; `argv` as on the command line. Exits with 2 on what the user can put right,
-    1 on what the machine or the numbers did wrong, 128 + signal when stopped; always with one line,
-    which says how to go on."""
+    1 on what the machine or the numbers did wrong, 128 + signal when stopped; with one line, which
+    says how to go on. A traceback is a fault of this program."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no π shows a question mark
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")
