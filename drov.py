@@ -855,7 +855,9 @@ def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | 
         residual = target - pooled.get("value", target.mean())
         metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
         metrics |= {"residual_mean": residual.mean(), "residual_std": residual.std(correction=0)}
-        metrics["value_explained_variance"] = 1 - residual.var() / target.var()
+        metrics["value_explained_variance"] = 1 - residual.var(correction=0) / target.var(
+            correction=0
+        )
         metrics |= {"log_ratio_mean": mean["log_ratio"], "reward_mean": mean["reward"]}
     if "loss" in pooled:  # KTO's own, or SFT's: nats a token
         metrics["loss"] = mean["loss"] / mean.get("completion_tokens", 1)
