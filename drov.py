@@ -854,10 +854,9 @@ def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | 
         # Where there is no V, the best single one, so that all losses' numbers compare.
         residual = target - pooled.get("value", target.mean())
         metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
-        metrics |= {"residual_mean": residual.mean(), "residual_std": residual.std(correction=0)}
-        metrics["value_explained_variance"] = 1 - residual.var(correction=0) / target.var(
-            correction=0
-        )
+        spread = residual.std(correction=0)
+        metrics |= {"residual_mean": residual.mean(), "residual_std": spread}
+        metrics["value_explained_variance"] = 1 - (spread / target.std(correction=0)) ** 2
         metrics |= {"log_ratio_mean": mean["log_ratio"], "reward_mean": mean["reward"]}
     if "loss" in pooled:  # KTO's own, or SFT's: nats a token
         metrics["loss"] = mean["loss"] / mean.get("completion_tokens", 1)
