@@ -815,8 +815,10 @@ def train(run: Run) -> None:
             for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
                 pending.wait()
         for name, network in networks.items():
-            norm = nn.utils.clip_grad_norm_(network, args.max_grad_norm or math.inf)
+            norm = nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
             window[name].append(norm.reshape(1))
+            if args.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
         for group in groups:  # initial_lr: get_scheduler has put it there
             group["lr"] = group["initial_lr"] * factor(run.step)
         run.optimizer.step()
