@@ -156,7 +156,8 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
 
 
 def make_deterministic(config: transformers.PreTrainedConfig) -> None:
-    """Set every rate of dropout and jitter to 0, in nested configs too: log π/π_ref starts at 0."""
+    """Set every rate of dropout and jitter to 0, in nested configs too, so that log π/π_ref starts at
+    0; and take GELU's lighter form."""
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
             make_deterministic(value)
@@ -301,7 +302,8 @@ def read_rows(args: Namespace) -> Iterator[dict]:
             csv.field_size_limit(2**31 - 1)
             reader = csv.DictReader((line for _, line in lines_of(name)), strict=True)
             try:
-                if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+                names = reader.fieldnames or []
+                if len(set(names)) < len(names):
                     raise csv.Error("a column stands twice in the header")
                 for row in reader:
                     if None in row or None in row.values():
@@ -437,7 +439,7 @@ def text_frame(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> 
     before, behind = [], []
     if is_encoder_decoder:
         prompt, (before, behind) = around(text="a"), around(text_target="a")
-        behind = list(dict.fromkeys(behind))
+        behind = list(dict.fromkeys(behind))  # an end token, once
     elif not tokenizer.chat_template:
         prompt = [around(text="a")[0], []]
     else:
@@ -469,7 +471,7 @@ def encode(
     spelling = "|".join(map(re.escape, filter(None, control))) or r"(?!)"
     spelt, cut = re.compile(spelling), re.compile(f"(?<=(?=(?:{spelling})).)", re.DOTALL)
     unknown, chain = tokenizer.unk_token_id, itertools.chain.from_iterable
-    control, sides = set(control.values()) - {unknown}, {"prompt": [], "completion": []}
+    forbidden, sides = set(control.values()) - {unknown}, {"prompt": [], "completion": []}
     limits = (prompts, max_prompt_length), (completions, max_completion_length)
     for (name, side), (texts, limit) in zip(sides.items(), limits):
         before, behind = frame[name]
@@ -483,8 +485,8 @@ def encode(
         bodies = {text: list(chain(itertools.islice(ids, len(parts[text])))) for text in parts}
         for text in texts:
             body = bodies[text]
-            if not control.isdisjoint(body):  # a normaliser has made a special token's spelling
-                body = [token for token in body if token not in control]
+            if not forbidden.isdisjoint(body):  # a normaliser has made a special token's spelling
+                body = [token for token in body if token not in forbidden]
             counts["tokens"] += len(body)
             counts["unknown_tokens"] += body.count(unknown)
             counts["special_spellings"] += len(parts[text]) > 1
@@ -658,7 +660,6 @@ class Run:
     args: Namespace
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    frame: dict[str, list]
     sides: dict[str, Side] = field(default_factory=dict)
     fold_of: dict[str, int] = field(default_factory=dict)
     manifest: dict = field(default_factory=dict)
@@ -699,9 +700,11 @@ def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc=""
 
     tokens = 16 * max(gather(run.args.micro_batch_tokens))  # alike on all processes
     chunks, parts = micro_batches(rows, side.lengths, tokens), []
+    # A part of a step has no name. Where nothing would be lost, a signal is obeyed here; else at the
+    # next log line.
+    may_stop = desc and run.step in (0, *checkpoints(Path(run.args.output_dir)))
     for chunk in progress(chunks, desc) if desc else chunks:
-        saved = run.step in (0, *checkpoints(Path(run.args.output_dir)))
-        if saved and any(gather(bool(stop_signals))):  # else at the next log line
+        if may_stop and any(gather(bool(stop_signals))):
             raise KeyboardInterrupt("stopped")
         parts.append(in_pieces(run, side, chunk, work))
     flat = itertools.chain.from_iterable
@@ -794,8 +797,8 @@ def train(run: Run) -> None:
     schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, args.max_steps + 1)
     factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
     window = defaultdict(list)  # recorded since the last log line, by name
-    steps = range(run.step + 1, args.max_steps + 1)
-    for run.step in progress(steps, f"{args.loss} steps"):
+    for step in progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps"):
+        run.step = step
         started = time.perf_counter()
         rows = step_rows(run.step, len(side.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
@@ -921,7 +924,7 @@ def sample(uniform: Tensor, temperature: float, width: int, ids: Tensor, scores:
 def generate(run: Run) -> None:
     """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
     args, policy, side = run.args, run.policy, copy.copy(run.sides["eval"])
-    seq2seq, behind = policy.config.is_encoder_decoder, run.frame["completion"][1]
+    seq2seq, behind = policy.config.is_encoder_decoder, run.manifest["frame"]["completion"][1]
     # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
     side.lengths = (side.lengths * (1, 0) + (0, args.max_new_tokens)) / 8
     ends = {behind[-1], run.tokenizer.eos_token_id} - {None}
@@ -1043,9 +1046,8 @@ def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dic
     runs += [(theirs, name, "" if args.against else "@0") for name in args.against or args.compare]
     for side, name, start in runs:
         with loading(name, "it is no finished run"):
-            has = (
-                load_json(name, "prompt_split_manifest.json") | load_json(name, "args.json")["args"]
-            )
+            has = load_json(name, "prompt_split_manifest.json")
+            has |= load_json(name, "args.json")["args"]
             last = load_json(name, "results.json")["step"]
             lines = read_jsonl(f"{name}/generations-{0 if start else last}.jsonl")
             new = {line["prompt"]: line | {"run": name + start} for _, line in lines}
@@ -1094,7 +1096,7 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     needed = side.lengths.max(1) if seq2seq else side.lengths.sum(1)
     fits = (needed <= limit).reshape(-1, 4).all(1)
     require(fits.any(), f"{name} cannot judge: all pairs are longer than its {limit} positions")
-    run = Run(args, model.to(DEVICE).eval(), tokenizer, frame)
+    run = Run(args, model.to(DEVICE).eval(), tokenizer)
     logps = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2).numpy()
     mass = np.exp(logps).sum() / (2 * len(logps))
     say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
@@ -1494,7 +1496,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     if found or args.resume and (folder / kept).exists():
         with loading(folder / kept, "put it back, or start again elsewhere"):
             saved = load_json(folder, kept)
-            require(saved["frame"], "it is empty")
+            require("frame" in saved, f"{folder / kept} is no manifest: start again elsewhere")
     newest, before = [*reversed(found.values()), None, None][:2]
     cure = f"remove it, and --resume goes on from {before.name if before else 'the beginning'}"
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
@@ -1539,7 +1541,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         locks.callback(signal.signal, signum, signal.signal(signum, request_stop))
     if sft_first:
         policy, tokenizer = dice_sft(args, locks)
-    run = Run(args, policy.train().to(DEVICE), tokenizer, frame, sides, fold_of, manifest)
+    run = Run(args, policy.train().to(DEVICE), tokenizer, sides, fold_of, manifest)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
@@ -1656,8 +1658,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         code, says = 1, str(error) or "out of memory"
-    begun, done = (args and f"{args.output_dir}/{x}.json" for x in ("args", "results"))
-    if code not in (0, 2) and begun and os.path.exists(begun) and not os.path.exists(done):
+    folder = Path(args.output_dir) if args else None
+    left = folder and os.path.exists(folder / "args.json")  # a run, and not a finished one
+    if code not in (0, 2) and left and not os.path.exists(folder / "results.json"):
         says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
     if code and (RANK == 0 or code == 1 or not dist.is_initialized()):  # what all find, one says
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
