@@ -42,7 +42,6 @@ import csv
 import ctypes
 import functools
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -186,11 +185,11 @@ def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> It
         del head.forward
 
 
-def as_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Arguments of a decoder-only model: positions count from a row's first real token."""
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    told = "position_ids" in inspect.signature(model.forward).parameters
-    return inputs | ({"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if told else {})
+def padded_behind(real: Tensor, *parts: Tensor) -> list[Tensor]:
+    """(B, T) tensors with what is real in front, cut to the longest row. What is causal does not see
+    the padding then: it needs no mask and no positions."""
+    order = real.sort(dim=1, descending=True, stable=True)[1][:, : real.sum(1).max()]
+    return [part.gather(1, order) for part in parts]
 
 
 def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -207,9 +206,9 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         inputs["decoder_input_ids"] = torch.cat([start, y[:, :-1]], dim=1)  # (B, T)
         predicts = real
     else:  # x and y are one text, and y_1 is predicted at the prompt's last token
-        mask = torch.cat([mask, real.to(mask.dtype)], dim=1)
-        inputs = as_inputs(model, torch.cat([x, y], dim=1), mask)  # (B, S + T)
-        predicts = F.pad(real, (x.shape[1] - 1, 1))  # (B, S + T)
+        text, predicts = torch.cat([x, y], dim=1), F.pad(real, (x.shape[1] - 1, 1))  # (B, S + T)
+        text, predicts = padded_behind(torch.cat([mask.bool(), real], dim=1), text, predicts)
+        inputs = {"input_ids": text, "use_cache": False}
     with head_reads(model, lambda states: states[predicts]):
         logits = model(**inputs).logits.float()  # (N, vocabulary), for the N real tokens of y
     token_logps = -F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
@@ -245,8 +244,10 @@ class ValueModel(nn.Module):
             weights = attention_mask / attention_mask.sum(-1, keepdim=True)
             pooled = (states.float() * weights.unsqueeze(-1)).sum(1)  # (B, width)
         else:
-            states = self.body(**as_inputs(self.body, input_ids, attention_mask)).last_hidden_state
-            pooled = states[:, -1].float()  # (B, width)
+            real = attention_mask.bool()
+            ids, seen = padded_behind(real, input_ids, real)
+            states = self.body(input_ids=ids, use_cache=False).last_hidden_state
+            pooled = states[range(len(ids)), seen.sum(1) - 1].float()  # (B, width)
         # Not a matrix product, which autocast would round.
         return (pooled * (self.head[0] - self.head[1])).sum(-1)
 
@@ -513,6 +514,11 @@ class Side:
         """(N, 2) tokens of prompt and completion."""
         return np.stack([list(map(len, self.x)), list(map(len, self.y))], axis=1)
 
+    @property
+    def widths(self) -> np.ndarray:
+        """What a row takes in a batch: encoder and decoder (N, 2), or the one text of both (N, 1)."""
+        return self.lengths if self.padding == "right" else self.lengths.sum(1, keepdims=True)
+
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Some rows on the device, padded by position: whatever stands there is masked."""
 
@@ -635,17 +641,17 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
     return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
 
 
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, max_tokens: float) -> list[np.ndarray]:
+def micro_batches(rows: np.ndarray, widths: np.ndarray, max_tokens: float) -> list[np.ndarray]:
     """Cut `rows` into pieces of like length: at most `max_tokens` with padding, and a tenth of that
     of padding; or a single row."""
-    order = np.lexsort((lengths[rows, 0], lengths[rows, 1]))[::-1]  # by completion, then by prompt
+    order = np.lexsort(widths[rows].T)[::-1]  # by completion, then by prompt; or by the whole text
     pieces, longest, tokens = [], 0, 0
     for row in rows[order]:
-        longest, tokens = np.maximum(longest, lengths[row]), tokens + lengths[row].sum()
+        longest, tokens = np.maximum(longest, widths[row]), tokens + widths[row].sum()
         padded = (len(pieces[-1]) + 1) * longest.sum() if pieces else math.inf
         if padded > max_tokens or padded - tokens > max_tokens / 10:
             pieces.append([])
-            longest, tokens = lengths[row], lengths[row].sum()
+            longest, tokens = widths[row], widths[row].sum()
         pieces[-1].append(row)
     return [np.array(piece) for piece in pieces]
 
@@ -673,7 +679,7 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
     pieces, drops the gradients so far and begins again; RunError if a single row does not fit."""
     args, by_length = run.args, rows[np.argsort(side.lengths[rows].sum(1), kind="stable")]
     while True:  # every n-th row by length: processes have equal work
-        pieces = micro_batches(by_length[RANK::WORLD_SIZE], side.lengths, args.micro_batch_tokens)
+        pieces = micro_batches(by_length[RANK::WORLD_SIZE], side.widths, args.micro_batch_tokens)
         try:
             with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=args.bf16):
                 return [work(piece, side.batch(piece)) for piece in pieces]
@@ -682,8 +688,8 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
                 raise
         # Here, outside of `except`, nothing holds the failed piece's tensors any longer.
         if run.optimizer:
-            run.optimizer.zero_grad()
-        largest = int(max(len(piece) * side.lengths[piece].max(0).sum() for piece in pieces))
+            run.optimizer.zero_grad(set_to_none=False)
+        largest = int(max(len(piece) * side.widths[piece].max(0).sum() for piece in pieces))
         if max(map(len, pieces)) == 1:
             raise RunError(f"out of memory: one row of {largest} tokens does not fit")
         args.micro_batch_tokens = min(args.micro_batch_tokens, largest) // 2
@@ -699,7 +705,7 @@ def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc=""
         return list(zip(piece.tolist(), function(piece, batch), strict=True))
 
     tokens = 16 * max(gather(run.args.micro_batch_tokens))  # alike on all processes
-    chunks, parts = micro_batches(rows, side.lengths, tokens), []
+    chunks, parts = micro_batches(rows, side.widths, tokens), []
     # A part of a step has no name. Where nothing would be lost, a signal is obeyed here; else at the
     # next log line.
     may_stop = desc and run.step in (0, *checkpoints(Path(run.args.output_dir)))
@@ -776,12 +782,15 @@ def backward(run: Run, means: tuple | None, divisor: float, piece: np.ndarray, b
         else:  # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
             values = torch.full_like(rewards, means[0] - args.tau * means[1])
         record["value"] = values
-        policy_loss, value_loss, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
-        losses = policy_loss + value_loss
-    with torch.autocast(DEVICE.type, enabled=False):
-        (losses.sum() / divisor).backward()
-    record["tokens"] = torch.tensor([run.sides["train"].lengths[piece].sum()])
-    record["padded_tokens"] = torch.tensor([x.numel() + y.numel()])
+        losses, value_losses, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
+        if (
+            run.value_model
+        ):  # first, and by itself: its activations are gone before the policy's turn
+            (value_losses.sum() / divisor).backward()
+    (losses.sum() / divisor).backward()
+    widths = run.sides["train"].widths[piece]
+    record["tokens"] = torch.tensor([widths.sum()])
+    record["padded_tokens"] = torch.tensor([len(piece) * widths.max(0).sum()])
     return {name: tensor.detach() for name, tensor in record.items()}
 
 
@@ -812,20 +821,18 @@ def train(run: Run) -> None:
         for record in in_pieces(run, side, rows, work):
             for name, tensor in record.items():
                 window[name].append(tensor)
-        if dist.is_initialized():  # one that a process has not counts as zeros
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if dist.is_initialized():
             for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
                 pending.wait()
         for name, network in networks.items():
-            norm = nn.utils.get_total_norm([p.grad for p in network if p.grad is not None])
+            norm = nn.utils.get_total_norm([p.grad for p in network])
             window[name].append(norm.reshape(1))
             if args.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
         for group in groups:  # initial_lr: get_scheduler has put it there
             group["lr"] = group["initial_lr"] * factor(run.step)
         run.optimizer.step()
-        run.optimizer.zero_grad()
+        run.optimizer.zero_grad(set_to_none=False)
         window["step_seconds"].append(torch.tensor([time.perf_counter() - started]))
         last = run.step == args.max_steps
         if run.step % args.logging_steps and not last:
@@ -1398,7 +1405,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=float)
     add("--per_device_train_batch_size", 32, "triplets a step and process", type=int)
     add("--gradient_accumulation_steps", 1, "multiplies the batch", type=int)
-    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 1024 on a CPU, a full batch on a GPU)", type=int)
+    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 512 on a CPU, a full batch on a GPU)", type=int)
     group = parser.add_argument_group("evaluation, logs and checkpoints")
     add("--logging_steps", 10, "steps between two log lines", type=int)
     add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=int)
@@ -1445,7 +1452,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     size, log, save = args.per_device_train_batch_size, args.logging_steps, args.save_steps
     args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
     full = size * (args.max_prompt_length + args.max_completion_length)
-    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 1024)
+    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 512)
     V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
     apart = args.compare or not any((args.against, *judges))
     require(apart, "--against, --judge_model and --verdicts go with --compare")
@@ -1551,6 +1558,8 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         run.value_model = ValueModel(body, args.share_policy_and_value_backbone).to(DEVICE)
         own = [p for p in run.value_model.parameters() if p not in known]  # a shared body is π's
         groups.append({"params": own, "lr": args.value_learning_rate})
+    for p in itertools.chain.from_iterable(group["params"] for group in groups):
+        p.grad = torch.zeros_like(p)  # for the whole run: what comes and goes riddles the memory
     if args.optim == "adamw":
         run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     else:
