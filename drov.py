@@ -1405,7 +1405,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=float)
     add("--per_device_train_batch_size", 32, "triplets a step and process", type=int)
     add("--gradient_accumulation_steps", 1, "multiplies the batch", type=int)
-    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 512 on a CPU, a full batch on a GPU)", type=int)
+    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 1024 on a CPU, a full batch on a GPU)", type=int)
     group = parser.add_argument_group("evaluation, logs and checkpoints")
     add("--logging_steps", 10, "steps between two log lines", type=int)
     add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=int)
@@ -1452,7 +1452,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     size, log, save = args.per_device_train_batch_size, args.logging_steps, args.save_steps
     args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
     full = size * (args.max_prompt_length + args.max_completion_length)
-    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 512)
+    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 1024)
     V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
     apart = args.compare or not any((args.against, *judges))
     require(apart, "--against, --judge_model and --verdicts go with --compare")
