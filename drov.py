@@ -37,6 +37,7 @@ machinery that keeps a run safe, the arguments, main.
 """
 
 import argparse
+import atexit
 import copy
 import csv
 import ctypes
@@ -1249,6 +1250,7 @@ def meet_processes() -> None:
         if gpus:
             torch.cuda.set_device(DEVICE)
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=2))
+        atexit.register(dist.destroy_process_group)  # else its threads may abort what has ended
 
 
 def gather(item: Any) -> list:
@@ -1679,5 +1681,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
