@@ -410,9 +410,9 @@ def split_prompts(
     says = f"--eval_fold_index must be 0 to {folds - 1}, or all"
     require(index == "all" or 0 <= index < folds, says)
     first, last = (0, folds * size) if index == "all" else (index * size, (index + 1) * size)
-    says = f"cannot hold out {folds * size} of {len(unique)} prompts: lower --num_eval_prompts, or"
-    enough = folds * size <= len(unique) and last - first < len(unique)
-    require(enough, f"{says} --num_eval_folds and --eval_prompts_per_fold")
+    lower = "num_eval_prompts" if mode == "prompt_seeded" else "eval_prompts_per_fold"
+    says = f"cannot hold out {folds * size} of {len(unique)} different prompts: lower --{lower}"
+    require(folds * size <= len(unique) and last - first < len(unique), says)
     return unique[:first] + unique[last:], unique[first:last]
 
 
@@ -1464,7 +1464,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     require(fits, "a shared backbone goes with --loss dro_v --value prompt")
     enough = args.train_batch_size > 1 or args.loss != "kto" and V != "batch"
     require(enough, "--loss kto and --value batch take a batch's mean: one row is too few")
-    require(save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}")
+    require(
+        save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}: give both"
+    )
     return args
 
 
@@ -1529,7 +1531,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     says = f"{needed} tokens, but the model has {limit} positions: lower --max_prompt_length"
     require(needed <= limit, f"{says}, --max_completion_length or --max_new_tokens")
     if args.warmup_steps > args.max_steps > 0:
-        say(f"the {args.warmup_steps} steps of warm-up are longer than the run")
+        say(f"--warmup_steps {args.warmup_steps} is longer than the run: its rate is never reached")
 
     def claim() -> None:
         if not args.resume:
@@ -1577,7 +1579,8 @@ def start(args: Namespace, locks: ExitStack) -> Run:
                 load_model(run.value_model, newest / "value_model" / "model.safetensors")
             state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
             run.optimizer.load_state_dict(state)
-        say(f"going on from {newest}")
+    if args.resume:
+        say(f"going on from {newest or 'step 0'}")
     return run
 
 

@@ -587,7 +587,7 @@ def test_a_broken_file_ends_in_one_line_that_names_the_place(name, content, says
     ("--loss kto --value constant", "goes with --loss dro_v"),
     ("--value constant --share_policy_and_value_backbone", "goes with"),
     ("--split_mode prompt_fold --eval_prompts_per_fold 8 --eval_fold_index 5", "must be 0 to 4"),
-    ("--num_eval_prompts 240", "cannot hold out 240 of 240 prompts"),
+    ("--num_eval_prompts 240", "cannot hold out 240 of 240 different prompts"),
     ("--model_name_or_path nobody/nothing", "--dice needs no network"),
     ("--dataset_name nobody/nothing", "--dice needs none"),
     ("--max_prompt_length 1", "--max_prompt_length must be more"),
