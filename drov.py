@@ -784,11 +784,11 @@ def backward(run: Run, means: tuple | None, divisor: float, piece: np.ndarray, b
             values = torch.full_like(rewards, means[0] - args.tau * means[1])
         record["value"] = values
         losses, value_losses, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
-        if (
-            run.value_model
-        ):  # first, and by itself: its activations are gone before the policy's turn
-            (value_losses.sum() / divisor).backward()
-    (losses.sum() / divisor).backward()
+        if run.value_model:  # first: its activations are gone when the policy's turn comes
+            with torch.autocast(DEVICE.type, enabled=False):
+                (value_losses.sum() / divisor).backward()
+    with torch.autocast(DEVICE.type, enabled=False):
+        (losses.sum() / divisor).backward()
     widths = run.sides["train"].widths[piece]
     record["tokens"] = torch.tensor([widths.sum()])
     record["padded_tokens"] = torch.tensor([len(piece) * widths.max(0).sum()])
@@ -1464,9 +1464,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     require(fits, "a shared backbone goes with --loss dro_v --value prompt")
     enough = args.train_batch_size > 1 or args.loss != "kto" and V != "batch"
     require(enough, "--loss kto and --value batch take a batch's mean: one row is too few")
-    require(
-        save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}: give both"
-    )
+    require(save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}")
     return args
 
 
