@@ -56,7 +56,7 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,9 @@ def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> It
 
 
 def padded_behind(real: Tensor, *parts: Tensor) -> list[Tensor]:
-    """(B, T) tensors with what is real in front, cut to the longest row. What is causal does not see
-    the padding then: it needs no mask and no positions."""
+    """(B, T) tensors with what is real in front, cut to the longest row: prompts come padded on the
+    left, as generation wants them. Padding behind is unseen by what is causal, which needs no mask
+    and no positions then."""
     order = real.sort(dim=1, descending=True, stable=True)[1][:, : real.sum(1).max()]
     return [part.gather(1, order) for part in parts]
 
@@ -515,7 +516,7 @@ class Side:
         """(N, 2) tokens of prompt and completion."""
         return np.stack([list(map(len, self.x)), list(map(len, self.y))], axis=1)
 
-    @property
+    @functools.cached_property
     def widths(self) -> np.ndarray:
         """What a row takes in a batch: encoder and decoder (N, 2), or the one text of both (N, 1)."""
         return self.lengths if self.padding == "right" else self.lengths.sum(1, keepdims=True)
@@ -784,11 +785,10 @@ def backward(run: Run, means: tuple | None, divisor: float, piece: np.ndarray, b
             values = torch.full_like(rewards, means[0] - args.tau * means[1])
         record["value"] = values
         losses, value_losses, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
-        if run.value_model:  # first: its activations are gone when the policy's turn comes
-            with torch.autocast(DEVICE.type, enabled=False):
-                (value_losses.sum() / divisor).backward()
     with torch.autocast(DEVICE.type, enabled=False):
-        (losses.sum() / divisor).backward()
+        # V first: its activations are gone when the policy's turn comes.
+        for part in (value_losses, losses) if run.value_model else (losses,):
+            (part.sum() / divisor).backward()
     widths = run.sides["train"].widths[piece]
     record["tokens"] = torch.tensor([widths.sum()])
     record["padded_tokens"] = torch.tensor([len(piece) * widths.max(0).sum()])
@@ -931,7 +931,7 @@ def sample(uniform: Tensor, temperature: float, width: int, ids: Tensor, scores:
 
 def generate(run: Run) -> None:
     """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
-    args, policy, side = run.args, run.policy, copy.copy(run.sides["eval"])
+    args, policy, side = run.args, run.policy, replace(run.sides["eval"])
     seq2seq, behind = policy.config.is_encoder_decoder, run.manifest["frame"]["completion"][1]
     # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
     side.lengths = (side.lengths * (1, 0) + (0, args.max_new_tokens)) / 8
@@ -1101,8 +1101,7 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     require(a != b, f"{name} cannot judge: its tokenizer tells no A from B")
     first = len(os.path.commonprefix([a, b]))  # the frame, and of a byte-level tokenizer the space
     side.y = [ids[: first + 1] for ids in side.y]
-    needed = side.lengths.max(1) if seq2seq else side.lengths.sum(1)
-    fits = (needed <= limit).reshape(-1, 4).all(1)
+    fits = (side.widths.max(1) <= limit).reshape(-1, 4).all(1)
     require(fits.any(), f"{name} cannot judge: all pairs are longer than its {limit} positions")
     run = Run(args, model.to(DEVICE).eval(), tokenizer)
     logps = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2).numpy()
@@ -1561,7 +1560,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         own = [p for p in run.value_model.parameters() if p not in known]  # a shared body is π's
         groups.append({"params": own, "lr": args.value_learning_rate})
     for p in itertools.chain.from_iterable(group["params"] for group in groups):
-        p.grad = torch.zeros_like(p)  # for the whole run: what comes and goes riddles the memory
+        p.grad = torch.zeros_like(p)  # once: taken anew in every step, they fragment the memory
     if args.optim == "adamw":
         run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     else:
