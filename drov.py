@@ -56,7 +56,7 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -675,22 +675,34 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0  # the last one done, or the one being done
 
+    def __post_init__(self) -> None:
+        args, per_row = self.args, self.args.max_prompt_length + self.args.max_completion_length
+        # On a CPU little fills the cores; a token of an encoder-decoder goes through half of it.
+        few = 1024 if self.policy.config.is_encoder_decoder else 640
+        full = args.per_device_train_batch_size * per_row
+        args.micro_batch_tokens = args.micro_batch_tokens or (
+            full if DEVICE.type == "cuda" else few
+        )
 
-def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
-    """`work(piece, batch)` for each piece of this process's share of `rows`. Out of memory halves the
-    pieces, drops the gradients so far and begins again; RunError if a single row does not fit."""
+
+def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, np.ndarray]) -> list:
+    """For each pass, (work, widths), `work(piece, batch)` for each piece of this process's share of
+    `rows`. Out of memory halves the pieces, drops the gradients so far and begins again; RunError if
+    a single row does not fit."""
     args, by_length = run.args, rows[np.argsort(side.lengths[rows].sum(1), kind="stable")]
-    while True:  # every n-th row by length: processes have equal work
-        pieces = micro_batches(by_length[RANK::WORLD_SIZE], side.widths, args.micro_batch_tokens)
+    own = by_length[RANK::WORLD_SIZE]  # every n-th row by length: processes have equal work
+    while True:
+        cut = [(work, micro_batches(own, to, args.micro_batch_tokens)) for work, to in passes]
         try:
             with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=args.bf16):
-                return [work(piece, side.batch(piece)) for piece in pieces]
+                return [work(piece, side.batch(piece)) for work, pieces in cut for piece in pieces]
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
         # Here, outside of `except`, nothing holds the failed piece's tensors any longer.
         if run.optimizer:
             run.optimizer.zero_grad(set_to_none=False)
+        pieces = [piece for _, pieces in cut for piece in pieces]
         largest = int(max(len(piece) * side.widths[piece].max(0).sum() for piece in pieces))
         if max(map(len, pieces)) == 1:
             raise RunError(f"out of memory: one row of {largest} tokens does not fit")
@@ -698,7 +710,7 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, work: Callable) -> list:
         say(f"out of memory: going on with --micro_batch_tokens {args.micro_batch_tokens}")
 
 
-def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc="") -> list:
+def for_each(run: Run, side: Side, rows, function: Callable, desc="", widths=None) -> list:
     """`function(piece, batch)`, an item for each row of a piece, without gradients and in length
     order: the items of all `rows`, in their order, on all processes."""
 
@@ -706,15 +718,16 @@ def for_each(run: Run, side: Side, rows: np.ndarray, function: Callable, desc=""
     def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
         return list(zip(piece.tolist(), function(piece, batch), strict=True))
 
-    tokens = 16 * max(gather(run.args.micro_batch_tokens))  # alike on all processes
-    chunks, parts = micro_batches(rows, side.widths, tokens), []
+    widths, parts = side.widths if widths is None else widths, []
+    # Chunks alike on all processes.
+    chunks = micro_batches(rows, widths, 16 * max(gather(run.args.micro_batch_tokens)))
     # A part of a step has no name. Where nothing would be lost, a signal is obeyed here; else at the
     # next log line.
     may_stop = desc and run.step in (0, *checkpoints(Path(run.args.output_dir)))
     for chunk in progress(chunks, desc) if desc else chunks:
         if may_stop and any(gather(bool(stop_signals))):
             raise KeyboardInterrupt("stopped")
-        parts.append(in_pieces(run, side, chunk, work))
+        parts.append(in_pieces(run, side, chunk, (work, widths)))
     flat = itertools.chain.from_iterable
     items = dict(flat(flat(flat(gather(parts)))))
     return [items[row] for row in rows.tolist()]
@@ -766,33 +779,57 @@ def fix_reference(run: Run) -> None:
             say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
 
 
-def backward(run: Run, means: tuple | None, divisor: float, piece: np.ndarray, batch: dict) -> dict:
-    """Add a piece's part of the step's gradient; returns what is logged, a tensor for each name.
-    Another loss is a function like `kto_loss`, a branch here, and a name in `make_parser`."""
-    args, x, y, rewards = run.args, batch["input_ids"], batch["labels"], batch["rewards"]
-    logps, ref_logps = sequence_logps(run.policy, batch), batch.get("ref_logps")
-    record = {} if args.loss == "sft" else {"log_ratio": logps - ref_logps, "reward": rewards}
-    if args.loss == "sft":  # maximum likelihood
-        losses = record["loss"] = -logps
-        record["completion_tokens"] = (y != -100).sum(-1)
-    elif args.loss == "kto":
-        desirable, kl = rewards > means[0] + 1e-6, torch.tensor(max(0.0, means[1]))
-        losses = record["loss"] = kto_loss(logps, ref_logps, desirable, kl, args.tau)
-    else:
-        if run.value_model:
-            values = run.value_model(x, batch["attention_mask"])
-        else:  # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
-            values = torch.full_like(rewards, means[0] - args.tau * means[1])
-        record["value"] = values
-        losses, value_losses, _ = dro_v_loss(logps, ref_logps, values, rewards, args.tau)
-    with torch.autocast(DEVICE.type, enabled=False):
-        # V first: its activations are gone when the policy's turn comes.
-        for part in (value_losses, losses) if run.value_model else (losses,):
-            (part.sum() / divisor).backward()
-    widths = run.sides["train"].widths[piece]
-    record["tokens"] = torch.tensor([widths.sum()])
-    record["padded_tokens"] = torch.tensor([len(piece) * widths.max(0).sum()])
-    return {name: tensor.detach() for name, tensor in record.items()}
+def step_passes(run: Run, means: tuple | None, divisor: float) -> list[tuple[Callable, np.ndarray]]:
+    """What adds a step's gradient, as passes of `in_pieces`; they return what is logged, a tensor for
+    each name. Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
+    args, side = run.args, run.sides["train"]
+    V, logps = torch.zeros(2, len(side.x), device=DEVICE)  # of the step's rows
+
+    def descend(losses: Tensor) -> None:
+        with torch.autocast(DEVICE.type, enabled=False):
+            (losses.sum() / divisor).backward()
+
+    def policy(piece: np.ndarray, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logp, ref_logp, rewards = (
+            sequence_logps(run.policy, batch),
+            batch.get("ref_logps"),
+            batch["rewards"],
+        )
+        tokens, padded = side.widths[piece].sum(), len(piece) * side.widths[piece].max(0).sum()
+        record = {"tokens": torch.tensor([tokens]), "padded_tokens": torch.tensor([padded])}
+        if args.loss == "sft":  # maximum likelihood
+            losses = record["loss"] = -logp
+            record["completion_tokens"] = (batch["labels"] != -100).sum(-1)
+        else:
+            record |= {"log_ratio": logp - ref_logp, "reward": rewards}
+        if args.loss == "kto":
+            desirable, kl = rewards > means[0] + 1e-6, torch.tensor(max(0.0, means[1]))
+            losses = record["loss"] = kto_loss(logp, ref_logp, desirable, kl, args.tau)
+        elif args.loss == "dro_v":
+            if not run.value_model:
+                # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
+                V[piece] = means[0] - args.tau * means[1]
+            record["value"] = V[piece]
+            losses, _, _ = dro_v_loss(logp, ref_logp, V[piece], rewards, args.tau)
+        logps[piece] = logp.detach()
+        descend(losses)
+        return {name: tensor.detach() for name, tensor in record.items()}
+
+    @torch.no_grad()
+    def values(piece: np.ndarray, batch: dict[str, Tensor]) -> dict:
+        V[piece] = run.value_model(batch["input_ids"], batch["attention_mask"])
+        return {}
+
+    def value(piece: np.ndarray, batch: dict[str, Tensor]) -> dict:
+        v = run.value_model(batch["input_ids"], batch["attention_mask"])
+        descend(dro_v_loss(logps[piece], batch["ref_logps"], v, batch["rewards"], args.tau)[1])
+        return {}
+
+    if not run.value_model:
+        return [(policy, side.widths)]
+    # V reads prompts alone, so its pieces have more rows; and its graph and the policy's are never
+    # in memory together. Both gradients are taken at the same V and π.
+    return [(values, side.lengths[:, :1] / 8), (policy, side.widths), (value, side.lengths[:, :1])]
 
 
 def train(run: Run) -> None:
@@ -818,8 +855,7 @@ def train(run: Run) -> None:
             other = run.sides.get("mismatched", side)
             log_ratio = score(run, other, rows)[0] - other.ref_logps[rows]
             means = side.rewards[rows].mean().item(), log_ratio.mean().item()
-        work = functools.partial(backward, run, means, divisor)
-        for record in in_pieces(run, side, rows, work):
+        for record in in_pieces(run, side, rows, *step_passes(run, means, divisor)):
             for name, tensor in record.items():
                 window[name].append(tensor)
         if dist.is_initialized():
@@ -931,10 +967,10 @@ def sample(uniform: Tensor, temperature: float, width: int, ids: Tensor, scores:
 
 def generate(run: Run) -> None:
     """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
-    args, policy, side = run.args, run.policy, replace(run.sides["eval"])
+    args, policy, side = run.args, run.policy, run.sides["eval"]
     seq2seq, behind = policy.config.is_encoder_decoder, run.manifest["frame"]["completion"][1]
     # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
-    side.lengths = (side.lengths * (1, 0) + (0, args.max_new_tokens)) / 8
+    widths = (side.lengths[:, :1] + args.max_new_tokens) / 8
     ends = {behind[-1], run.tokenizer.eos_token_id} - {None}
     config = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "num_beams": 1}
     config |= {"eos_token_id": sorted(ends), "pad_token_id": behind[-1]}
@@ -963,7 +999,7 @@ def generate(run: Run) -> None:
     policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
     rows_of = rows_by_prompt(side)
     rows = np.array([rows_of[prompt][0] for prompt in run.fold_of])
-    answers = for_each(run, side, rows, answer, "Answering")
+    answers = for_each(run, side, rows, answer, "Answering", widths)
     policy.train().generation_config = own
     lines = [{"prompt": p, "fold": k} | line for (p, k), line in zip(run.fold_of.items(), answers)]
     on_first(lambda: write_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines))
@@ -1406,7 +1442,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=float)
     add("--per_device_train_batch_size", 32, "triplets a step and process", type=int)
     add("--gradient_accumulation_steps", 1, "multiplies the batch", type=int)
-    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: 1024 on a CPU, a full batch on a GPU)", type=int)
+    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: a full batch on a GPU; 1024 on a CPU, for a decoder-only model 640)", type=int)
     group = parser.add_argument_group("evaluation, logs and checkpoints")
     add("--logging_steps", 10, "steps between two log lines", type=int)
     add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=int)
@@ -1452,8 +1488,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     # A step's rows depend on their number alone, however many processes share them.
     size, log, save = args.per_device_train_batch_size, args.logging_steps, args.save_steps
     args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
-    full = size * (args.max_prompt_length + args.max_completion_length)
-    args.micro_batch_tokens = args.micro_batch_tokens or (full if DEVICE.type == "cuda" else 1024)
     V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
     apart = args.compare or not any((args.against, *judges))
     require(apart, "--against, --judge_model and --verdicts go with --compare")
@@ -1552,6 +1586,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     run = Run(args, policy.train().to(DEVICE), tokenizer, sides, fold_of, manifest)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
+    for module in policy.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings >= len(tokenizer):
+            module.sparse = True  # a piece has few words: to add zeros for all others takes long
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
     groups = [{"params": list(policy.parameters()), "lr": args.learning_rate}]
     if args.loss == "dro_v" and args.value != "batch":
@@ -1643,7 +1680,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays float32
     # Left to itself, torch takes one attention kernel for π_ref and another, with gradients, for π:
     # in bfloat16 they round differently, and log π/π_ref would show it.
-    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)
     stop_signals.clear()
     code, says, args = 0, "", None
