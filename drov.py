@@ -138,16 +138,12 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
     require(not two_sided, f"{source} is a masked language model: it reads what is to come")
     lacking = sorted(info["missing_keys"])
     require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
-    files = (*tokenizer.vocab_files_names.values(), "tokenizer_config.json")
-    complete = not Path(source).is_dir() or any(Path(source, file).is_file() for file in files)
-    require(complete, f"{source} has no tokenizer beside the model: save it there, too")
     words, rows = len(tokenizer), len(policy.get_input_embeddings().weight)
     require(words <= rows, f"{source}: the tokenizer has {words} tokens, the model embeds {rows}")
     try:
         policy.generation_config.validate(strict=True)
-    except ValueError:  # which could not be saved, either
+    except ValueError:  # it contradicts itself, and could not be saved, either
         policy.generation_config = transformers.GenerationConfig.from_model_config(config)
-        say(f"{source} has a generation_config that contradicts itself: it is not kept")
     config = policy.config  # its own copy
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
@@ -260,99 +256,62 @@ class ValueModel(nn.Module):
 # number of "4", a time of a date, and 0 of 3e-11.
 
 
-def lines_of(path: str) -> Iterator[tuple[int, str]]:
-    """A text file's lines with their numbers: a newline ends one, U+2028 and its like do not."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
+def read_file(path: str) -> Iterator[tuple[int, dict]]:
+    """The objects of a .json, .csv or else JSON Lines file, with their lines' numbers (an array's
+    items'). Raises UserError with the number of the line where something else stands."""
+    number, ending = 0, Path(path).suffix.lower()
 
+    def lines() -> Iterator[str]:  # a newline ends one, U+2028 and its like do not
+        nonlocal number
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
-def read_jsonl(path: str) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSON Lines file, with their lines' numbers."""
-    for number, line in lines_of(path):
-        if line.strip():
-            row, says = None, f"{path}, line {number} is no JSON object: {line[:50]!r}"
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
-            require(isinstance(row, dict), says)
+    try:
+        if ending == ".json":
+            rows = enumerate(json.loads("".join(lines())), start=1)
+        elif ending == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            table = csv.DictReader(lines(), strict=True)
+            rows = ((number, row) for row in table)
+        else:
+            rows = ((number, json.loads(line)) for line in lines() if line.strip())
+        for number, row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"{row!r:.50} is no JSON object")  # noqa: TRY004
+            if ending == ".csv" and (
+                None in (*row, *row.values()) or len(row) < len(table.fieldnames)
+            ):
+                raise ValueError(
+                    "more or fewer fields than in the header, or a column stands twice"
+                )
             yield number, row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
 
 
 def read_rows(args: Namespace) -> Iterator[dict]:
     """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
     name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
     takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
-    endings = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv")
-    a_file = os.path.exists(name) or name[:1] in "./~" or ending in endings
+    a_file = os.path.isfile(name) or ending in (".jsonl", ".json", ".csv", ".parquet")
     with loading(name, f"{takes}; --dice needs none"):
         if name == "dice":
             yield from dice_rolls(args.seed)
-        elif os.path.isdir(name) or not a_file:
+        elif not a_file and name[:1] not in "./~" or os.path.isdir(name):
             options = {"split": args.dataset_split, "revision": args.dataset_revision}
             yield from datasets.load_dataset(name, **options)
-        elif ending == ".jsonl":
-            yield from (row for _, row in read_jsonl(name))
-        elif ending == ".json":
-            rows = json.loads("".join(line for _, line in lines_of(name)))
-            require(isinstance(rows, list), f"{name} is no array")
-            for number, row in enumerate(rows, start=1):
-                require(isinstance(row, dict), f"{name}, item {number} is no object")
-                yield row
-        elif ending == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            reader = csv.DictReader((line for _, line in lines_of(name)), strict=True)
-            try:
-                names = reader.fieldnames or []
-                if len(set(names)) < len(names):
-                    raise csv.Error("a column stands twice in the header")
-                for row in reader:
-                    if None in row or None in row.values():
-                        raise csv.Error("more or fewer fields than in the header")
-                    yield row
-            except csv.Error as error:
-                raise UserError(f"{name}, line {reader.reader.line_num}: {error}") from error
         elif ending == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(name).iter_batches(1000):
                 yield from batch.to_pylist()
         else:
-            raise UserError(f"{name} has another ending: {takes}")
+            require(ending in (".jsonl", ".json", ".csv"), f"{name} has another ending: {takes}")
+            yield from (row for _, row in read_file(name))
 
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
-
-
-def triplets_of(
-    rows: Iterable[dict], reward_key: str, seen: set, dropped: Counter
-) -> Iterator[tuple[str, str, float]]:
-    """The usable (prompt, completion, reward) of plain rows and of UltraFeedback's, which have
-    `completions`. The columns that were seen and what was dropped, by cause, are told."""
-    get = lambda part, key: part.get(key) if isinstance(part, dict) else None
-    keys = ("annotations", reward_key, "Rating") if reward_key in ASPECTS else (reward_key,)
-    for row in rows:
-        seen.update(row)
-        parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
-        if "completions" in row and "completion" not in row:
-            given, x = row["completions"], row.get("instruction")
-            answers = given if isinstance(given, list) and given else [None]  # dropped, as one
-            parts = [(x, get(y, "response"), functools.reduce(get, keys, y)) for y in answers]
-        for x, y, reward in parts:
-            try:
-                x, y = text_of(x, "prompt", "user"), text_of(y, "completion", "assistant")
-                (x + y).encode()
-                # UltraFeedback's ratings are strings, thumbs booleans; float() would take "1_0".
-                number = str(reward).strip().lower().replace("_", "?")
-                reward = float({"true": 1, "false": 0}.get(number, number))
-                require(math.isfinite(reward), "reward that is not finite")
-                yield x.strip(), y, reward
-            except UserError as error:
-                dropped[str(error)] += 1
-            except UnicodeEncodeError:  # half an emoji
-                dropped["text that is no valid Unicode"] += 1
-            except (TypeError, ValueError, OverflowError):
-                dropped["without a reward"] += 1
 
 
 def text_of(part: Any, name: str, role: str) -> str:
@@ -364,20 +323,47 @@ def text_of(part: Any, name: str, role: str) -> str:
             raise UserError(f"{name} that is not one {role} turn")
     require(isinstance(part, str | None), f"{name} that is not text")
     require(part and part.strip(), f"without a {name}")
+    require(
+        part.isascii() or not re.search("[\ud800-\udfff]", part), "text that is no valid Unicode"
+    )
     return part
 
 
 def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.Dataset:
     """Read the data: columns `prompt` (str, stripped), `completion` (str), `reward` (float, raw).
 
-    Rows that cannot be used are left out, and counted by cause in a printed line and in `dropped`.
-    Raises UserError if the data cannot be read, lack the columns or have no usable row.
+    Rows are plain or UltraFeedback's, which have `completions`. What cannot be used is left out, and
+    counted by cause in a printed line and in `dropped`. Raises UserError if the data cannot be read,
+    lack the columns or have no usable row.
     """
-    name, seen, tables = args.dataset_name, set(), []
+    name, key, seen, tables = args.dataset_name, args.reward_key, set(), []
     dropped = Counter() if dropped is None else dropped
-    rows = progress(read_rows(args), "Reading", unit=" rows")
-    triplets = triplets_of(rows, args.reward_key, seen, dropped)
-    while block := list(itertools.islice(triplets, 8000)):  # all at once takes four times as much
+    keys = ("annotations", key, "Rating") if key in ASPECTS else (key,)
+    get = lambda part, key: part.get(key) if isinstance(part, dict) else None
+
+    def triplets() -> Iterator[tuple[str, str, float]]:
+        for row in progress(read_rows(args), "Reading", unit=" rows"):
+            seen.update(row)
+            parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
+            if "completions" in row and "completion" not in row:
+                given, x = row["completions"], row.get("instruction")
+                answers = given if isinstance(given, list) and given else [None]  # dropped, as one
+                parts = [(x, get(y, "response"), functools.reduce(get, keys, y)) for y in answers]
+            for x, y, reward in parts:
+                try:
+                    x, y = text_of(x, "prompt", "user"), text_of(y, "completion", "assistant")
+                    # UltraFeedback's ratings are strings, thumbs booleans; float() takes "1_0".
+                    number = str(reward).strip().lower().replace("_", "?")
+                    reward = float({"true": 1, "false": 0}.get(number, number))
+                    require(math.isfinite(reward), "reward that is not finite")
+                    yield x.strip(), y, reward
+                except UserError as error:
+                    dropped[str(error)] += 1
+                except ValueError:
+                    dropped["without a reward"] += 1
+
+    usable = triplets()
+    while block := list(itertools.islice(usable, 8000)):  # all at once takes four times as much
         columns = zip(("prompt", "completion", "reward"), map(list, zip(*block)))
         tables.append(datasets.Dataset.from_dict(dict(columns)))
     known = seen >= {"prompt", "completion", "reward"} or seen >= {"instruction", "completions"}
@@ -436,7 +422,8 @@ def text_frame(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> 
     def around(**text: str) -> list[list[int]]:
         ids, body = tokenizer(**text).input_ids, plain("a")
         places = [i for i in range(len(ids)) if ids[i : i + len(body)] == body]
-        require(body and places, "the tokenizer changes a text when it adds special tokens to it")
+        cure = "is it the model's, and saved beside it?"
+        require(body and places, f"the tokenizer does not know, or rewrites, the text a: {cure}")
         return [ids[: places[0]], ids[places[0] + len(body) :]]
 
     before, behind = [], []
@@ -606,10 +593,8 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
         say("of unknown tokens: a T5's tokenizer has none for line breaks and braces")
     manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
     if args.overfit_one_batch:
-        side = sides["train"]
-        rows = np.unique(step_rows(1, len(side.x), args.train_batch_size, args.seed))
-        parts = ([part[row] for row in rows] for part in (side.prompts, side.x, side.y))
-        sides, fold_of = {"train": Side(*parts, side.rewards[rows], padding)}, {}
+        del sides["eval"]
+        fold_of = {}
     if args.loss == "kto":
         sides["mismatched"] = mismatched(sides["train"])
     if args.dataset_name == "dice" and args.loss != "sft" and fold_of:
@@ -755,7 +740,8 @@ def fix_reference(run: Run) -> None:
         require(first, f"{file} is gone, and π_ref with it: start again, elsewhere")
         logps, started = {}, time.perf_counter()
         # Score no row that is not going to be used: the first epoch, as `step_rows` has it.
-        used = step_rows(1, total, total, args.seed)[: args.max_steps * args.train_batch_size]
+        steps = 1 if args.overfit_one_batch else args.max_steps
+        used = step_rows(1, total, total, args.seed)[: steps * args.train_batch_size]
         for name, scored in run.sides.items():
             rows = used if name in ("train", "mismatched") else np.arange(len(scored.x))
             logps[name] = torch.full((len(scored.x),), math.nan)
@@ -847,7 +833,8 @@ def train(run: Run) -> None:
     for step in progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps"):
         run.step = step
         started = time.perf_counter()
-        rows = step_rows(run.step, len(side.x), args.train_batch_size, args.seed)
+        number = 1 if args.overfit_one_batch else run.step
+        rows = step_rows(number, len(side.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
         divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
         means = None  # of the whole batch's rewards and log π/π_ref, KTO's of mismatched pairs
@@ -1093,7 +1080,7 @@ def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dic
             has = load_json(name, "prompt_split_manifest.json")
             has |= load_json(name, "args.json")["args"]
             last = load_json(name, "results.json")["step"]
-            lines = read_jsonl(f"{name}/generations-{0 if start else last}.jsonl")
+            lines = read_file(f"{name}/generations-{0 if start else last}.jsonl")
             new = {line["prompt"]: line | {"run": name + start} for _, line in lines}
             differ = [key for key in PROTOCOL if protocol.setdefault(key, has[key]) != has[key]]
         require(not differ, f"{runs[0][1]} and {name} do not compare: they differ in {differ}")
@@ -1179,7 +1166,7 @@ def compare(args: Namespace) -> None:
     blind = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
     if holds := {path.name for path in folder.glob("[!.]*")}:
         same = holds - {"key.jsonl", "win_rates.json"} == {"pairs.jsonl"}
-        same = same and [line for _, line in read_jsonl(f"{folder}/pairs.jsonl")] == blind
+        same = same and [line for _, line in read_file(f"{folder}/pairs.jsonl")] == blind
         require(same, f"--output_dir {folder} holds something else than this comparison")
     if args.judge_model:
         verdicts = judge_by_model(args, pairs)
@@ -1187,7 +1174,7 @@ def compare(args: Namespace) -> None:
         file, given = args.verdicts, {pair["id"]: [] for pair in pairs}
         points = {"A": 1.0, "B": 0.0, "tie": 0.5}
         with loading(file, "--verdicts needs a file of JSON Lines"):
-            for number, line in read_jsonl(file):
+            for number, line in read_file(file):
                 right = isinstance(line.get("id"), str) and line.get("winner") in list(points)
                 says = f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie'
                 require(right, says)
@@ -1263,9 +1250,10 @@ def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
 # log, a score or an answer belongs to all. Alone, a process does nothing here.
 
 SEVERAL = os.environ.get("WORLD_SIZE", "") not in ("", "1")
-LAUNCH = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-LAUNCH = {name: os.environ.get(name, "") for name in LAUNCH} if SEVERAL else LAUNCH
-WORLD_SIZE, RANK, LOCAL_RANK = (int(x) if x.isdecimal() else 0 for x in LAUNCH.values())
+LAUNCH = {x: os.environ.get(x, "") if SEVERAL else "" for x in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+WORLD_SIZE, RANK, LOCAL_RANK = (
+    int(x) if x.isdecimal() else not i for i, x in enumerate(LAUNCH.values())
+)
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 # The first process prints: a line, or, where it has a terminal, a bar, which a line does not tear.
 say = tqdm.write if RANK == 0 else lambda message: None
@@ -1641,10 +1629,10 @@ def reproduce(run: Run) -> None:
     if answers and args.max_steps > 0:
         generate(run)
     results = {"step": run.step} | (dice_report(run) if "rolls" in run.sides else {})
-    lines = [line for _, line in read_jsonl(f"{folder}/metrics.jsonl")]
+    lines = [line for _, line in read_file(f"{folder}/metrics.jsonl")]
     if answers:
         results |= [line for line in lines if "eval_loss" in line][-1]
-        ended = [x["finished"] for _, x in read_jsonl(f"{folder}/generations-{run.step}.jsonl")]
+        ended = [x["finished"] for _, x in read_file(f"{folder}/generations-{run.step}.jsonl")]
         results["finished"] = float(np.mean(ended))
         say(f"{results['finished']:.1%} of {len(ended)} answers ended by themselves")
     else:

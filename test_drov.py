@@ -56,7 +56,7 @@ main = lambda flags: drov.main(flags.split())
 flags = lambda more="", kind="t5", out="run": f"{FLAGS} {kind} --output_dir {out} {more}"
 run = lambda more="", kind="t5", out="run": main(flags(more, kind, out))
 read_json = lambda path: json.loads(Path(path).read_text())
-read_lines = lambda path: [line for _, line in drov.read_jsonl(str(path))]
+read_lines = lambda path: [line for _, line in drov.read_file(str(path))]
 write_lines = lambda path, rows: Path(path).write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -561,12 +561,12 @@ CSV = b"prompt,completion,reward\na,b,1\n"
 
 
 @each(("name", "content", "says"), [
-    ("a.jsonl", GOOD + b"null\n", "line 2 is no JSON object"), ("a.txt", b"PAR", "ending"),
+    ("a.jsonl", GOOD + b"null\n", "line 2: None is no JSON object"), ("a.txt", b"PAR", "ending"),
     ("a.jsonl", GOOD * 2 + b'{"prompt": "caf\xe9"}\n', "line 3 is not UTF-8"),
     ("a.jsonl", b"", "has the columns []: it needs prompt, completion and reward"),
     ("a.jsonl", b'{"prompt": "a", "answer": "b"}', "['answer', 'prompt']: it needs prompt"),
     ("a.jsonl", GOOD + GOOD.replace(b'"a"', b'"c"'), "all equal but for rounding"),
-    ("a.jsonl", GOOD.replace(b'"b"', b'""'), "no usable row"), ("a.json", GOOD, "is no array"),
+    ("a.jsonl", GOOD.replace(b'"b"', b'""'), "no usable row"), ("a.json", GOOD, "is no JSON object"),
     ("a.csv", CSV + b"a,b,c,1\n", "line 3"), ("a.csv", CSV + b"a,b\n", "line 3"),
     ("a.csv", CSV.replace(b"reward", b"prompt"), "stands twice"),
     ("a.csv", CSV + b'a,"b \\"c, d\\" e",1\n', "line 3"), ("a.parquet", b"PAR", "cannot load"),
