@@ -661,13 +661,14 @@ class Run:
     step: int = 0  # the last one done, or the one being done
 
     def __post_init__(self) -> None:
-        args, per_row = self.args, self.args.max_prompt_length + self.args.max_completion_length
-        # On a CPU little fills the cores; a token of an encoder-decoder goes through half of it.
-        few = 1024 if self.policy.config.is_encoder_decoder else 640
-        full = args.per_device_train_batch_size * per_row
-        args.micro_batch_tokens = args.micro_batch_tokens or (
-            full if DEVICE.type == "cuda" else few
-        )
+        args = self.args
+        # A GPU takes a batch at once. On a CPU little is as fast, and a model with an encoder has only
+        # half of its layers for each token.
+        tokens = 1024 if self.policy.config.is_encoder_decoder else 640
+        if DEVICE.type == "cuda":
+            tokens = args.max_prompt_length + args.max_completion_length
+            tokens *= args.per_device_train_batch_size
+        args.micro_batch_tokens = args.micro_batch_tokens or tokens
 
 
 def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, np.ndarray]) -> list:
@@ -766,21 +767,25 @@ def fix_reference(run: Run) -> None:
 
 
 def step_passes(run: Run, means: tuple | None, divisor: float) -> list[tuple[Callable, np.ndarray]]:
-    """What adds a step's gradient, as passes of `in_pieces`; they return what is logged, a tensor for
+    """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, a tensor for
     each name. Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
     args, side = run.args, run.sides["train"]
-    V, logps = torch.zeros(2, len(side.x), device=DEVICE)  # of the step's rows
+    V, logps = torch.zeros(2, len(side.x), device=DEVICE)  # of the step's rows, without a graph
+
+    def value(batch: dict[str, Tensor]) -> Tensor:
+        return run.value_model(batch["input_ids"], batch["attention_mask"])
 
     def descend(losses: Tensor) -> None:
         with torch.autocast(DEVICE.type, enabled=False):
             (losses.sum() / divisor).backward()
 
-    def policy(piece: np.ndarray, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logp, ref_logp, rewards = (
-            sequence_logps(run.policy, batch),
-            batch.get("ref_logps"),
-            batch["rewards"],
-        )
+    @torch.no_grad()
+    def fix_values(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
+        V[piece] = value(batch)
+
+    def policy_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        logp, ref_logp = sequence_logps(run.policy, batch), batch.get("ref_logps")
+        rewards = batch["rewards"]
         tokens, padded = side.widths[piece].sum(), len(piece) * side.widths[piece].max(0).sum()
         record = {"tokens": torch.tensor([tokens]), "padded_tokens": torch.tensor([padded])}
         if args.loss == "sft":  # maximum likelihood
@@ -801,21 +806,18 @@ def step_passes(run: Run, means: tuple | None, divisor: float) -> list[tuple[Cal
         descend(losses)
         return {name: tensor.detach() for name, tensor in record.items()}
 
-    @torch.no_grad()
-    def values(piece: np.ndarray, batch: dict[str, Tensor]) -> dict:
-        V[piece] = run.value_model(batch["input_ids"], batch["attention_mask"])
-        return {}
+    def value_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
+        ref_logp, rewards = batch["ref_logps"], batch["rewards"]
+        _, losses, _ = dro_v_loss(logps[piece], ref_logp, value(batch), rewards, args.tau)
+        descend(losses)
 
-    def value(piece: np.ndarray, batch: dict[str, Tensor]) -> dict:
-        v = run.value_model(batch["input_ids"], batch["attention_mask"])
-        descend(dro_v_loss(logps[piece], batch["ref_logps"], v, batch["rewards"], args.tau)[1])
-        return {}
-
-    if not run.value_model:
-        return [(policy, side.widths)]
-    # V reads prompts alone, so its pieces have more rows; and its graph and the policy's are never
-    # in memory together. Both gradients are taken at the same V and π.
-    return [(values, side.lengths[:, :1] / 8), (policy, side.widths), (value, side.lengths[:, :1])]
+    # Both gradients are taken at the same π and V. V reads prompts alone, so its pieces have more
+    # rows; and its graph and the policy's are never in memory together.
+    passes = [(policy_gradient, side.widths)]
+    if run.value_model:
+        prompts = side.lengths[:, :1]
+        passes = [(fix_values, prompts / 8), *passes, (value_gradient, prompts)]
+    return passes
 
 
 def train(run: Run) -> None:
@@ -842,7 +844,7 @@ def train(run: Run) -> None:
             other = run.sides.get("mismatched", side)
             log_ratio = score(run, other, rows)[0] - other.ref_logps[rows]
             means = side.rewards[rows].mean().item(), log_ratio.mean().item()
-        for record in in_pieces(run, side, rows, *step_passes(run, means, divisor)):
+        for record in filter(None, in_pieces(run, side, rows, *step_passes(run, means, divisor))):
             for name, tensor in record.items():
                 window[name].append(tensor)
         if dist.is_initialized():
