@@ -1173,7 +1173,7 @@ def compare(args: Namespace) -> None:
     if args.judge_model:
         verdicts = judge_by_model(args, pairs)
     elif args.verdicts:
-        file, given = args.verdicts, {pair["id"]: [] for pair in pairs}
+        file, given = args.verdicts, {x["id"]: [0.5] * (x["A"] == x["B"]) for x in pairs}
         points = {"A": 1.0, "B": 0.0, "tie": 0.5}
         with loading(file, "--verdicts needs a file of JSON Lines"):
             for number, line in read_file(file):
@@ -1643,7 +1643,7 @@ def reproduce(run: Run) -> None:
         say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
     on_first(lambda: save_networks(run, folder))
     on_first(lambda: write_json(folder / "results.json", results, indent=2))
-    say(f"the policy, its results and its answers are in {folder}")
+    say(f"the policy and its results are in {folder}")
     if args.as_is and not (results["gain_share"] >= 0.98 and results["policy"]["valid"] >= 0.95):
         shares = f"{results['gain_share']:.1%} of the gain, {results['policy']['valid']:.1%} valid"
         raise RunError(f"the example misses its target, 98 % and 95 %: {shares}")

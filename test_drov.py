@@ -327,6 +327,31 @@ def test_a_cut_batch_has_the_gradient_of_the_whole_after_out_of_memory_too(capsy
     close(others, [whole, whole], rtol=1e-3, atol=1e-5)
 
 
+@each("kind", ["t5", "llama"])
+def test_a_steps_passes_add_up_to_the_gradient_of_both_losses_at_one_policy_and_value(kind):
+    args = flags("--tau 0.5 --max_steps 1 --micro_batch_tokens 60", kind).split()
+    with contextlib.ExitStack() as locks:
+        state = drov.start(drov.parse_args(args), locks)
+        drov.fix_reference(state)
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:  # away from π_ref and from V = 0
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        side = state.sides["train"]
+        rows = drov.step_rows(1, len(side.x), 8, 42)
+        drov.in_pieces(state, side, rows, *drov.step_passes(state, None, 8))
+        ours = [parameter.grad.clone() for parameter in parameters]
+        state.optimizer.zero_grad()
+        for module in (*state.policy.modules(), *state.value_model.modules()):
+            module.sparse = False
+        batch = side.batch(rows)
+        values = state.value_model(batch["input_ids"], batch["attention_mask"])
+        numbers = drov.sequence_logps(state.policy, batch), batch["ref_logps"], values
+        policy_loss, value_loss, residual = drov.dro_v_loss(*numbers, batch["rewards"], 0.5)
+        (policy_loss + value_loss).mean().backward()
+    assert values.abs().min() > 1e-3 and residual.abs().min() > 1e-3
+    close(ours, [parameter.grad for parameter in parameters], rtol=1e-3, atol=1e-4)
+
+
 def test_one_batch_is_overfitted_a_hundredfold():
     more = "--overfit_one_batch --overfit_steps 150 --per_device_train_batch_size 4"
     run(f"{more} --learning_rate 3e-3 --value_learning_rate 1e-2", "llama")
