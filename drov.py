@@ -1173,7 +1173,7 @@ def compare(args: Namespace) -> None:
     if args.judge_model:
         verdicts = judge_by_model(args, pairs)
     elif args.verdicts:
-        file, given = args.verdicts, {x["id"]: [0.5] * (x["A"] == x["B"]) for x in pairs}
+        file, given = args.verdicts, {pair["id"]: [] for pair in pairs}
         points = {"A": 1.0, "B": 0.0, "tie": 0.5}
         with loading(file, "--verdicts needs a file of JSON Lines"):
             for number, line in read_file(file):
@@ -1182,7 +1182,8 @@ def compare(args: Namespace) -> None:
                 require(right, says)
                 given.setdefault(line["id"], []).append(points[line["winner"]])
         verdicts = np.array([np.mean(given[pair["id"]] or math.nan) for pair in pairs])
-        missing, unknown = np.isnan(verdicts).sum(), len(given) - len(pairs)
+        missing = sum(pair["A"] != pair["B"] and not given[pair["id"]] for pair in pairs)
+        unknown = len(given) - len(pairs)
         say(f"{file}: {missing} of {len(pairs)} pairs have no verdict; unknown ids: {unknown}")
     elif protocol["dataset_name"] == "dice":  # by the true reward; any roll beats no roll
         A, B = (np.array([all_rolls(p["prompt"]).get(p[x], -1) for p in pairs]) for x in "AB")
