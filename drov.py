@@ -242,10 +242,9 @@ class ValueModel(nn.Module):
             weights = attention_mask / attention_mask.sum(-1, keepdim=True)
             pooled = (states.float() * weights.unsqueeze(-1)).sum(1)  # (B, width)
         else:
-            real = attention_mask.bool()
-            ids, seen = padded_behind(real, input_ids, real)
+            (ids,) = padded_behind(attention_mask.bool(), input_ids)
             states = self.body(input_ids=ids, use_cache=False).last_hidden_state
-            pooled = states[range(len(ids)), seen.sum(1) - 1].float()  # (B, width)
+            pooled = states[range(len(ids)), attention_mask.sum(1) - 1].float()  # (B, width)
         # Not a matrix product, which autocast would round.
         return (pooled * (self.head[0] - self.head[1])).sum(-1)
 
@@ -269,26 +268,24 @@ def read_file(path: str) -> Iterator[tuple[int, dict]]:
 
     try:
         if ending == ".json":
-            rows = enumerate(json.loads("".join(lines())), start=1)
+            rows = json.loads("".join(lines()))
         elif ending == ".csv":
             csv.field_size_limit(2**31 - 1)
-            table = csv.DictReader(lines(), strict=True)
-            rows = ((number, row) for row in table)
+            rows = csv.DictReader(lines(), strict=True)
         else:
-            rows = ((number, json.loads(line)) for line in lines() if line.strip())
-        for number, row in rows:
+            rows = map(json.loads, filter(str.strip, lines()))
+        for item, row in enumerate(rows, start=1):
+            number = item if ending == ".json" else number
             if not isinstance(row, dict):
-                raise ValueError(f"{row!r:.50} is no JSON object")  # noqa: TRY004
+                raise TypeError(f"{row!r:.50} is no JSON object")
             if ending == ".csv" and (
-                None in (*row, *row.values()) or len(row) < len(table.fieldnames)
+                None in (*row, *row.values()) or len(row) < len(rows.fieldnames)
             ):
-                raise ValueError(
-                    "more or fewer fields than in the header, or a column stands twice"
-                )
+                raise ValueError("more or fewer fields than in the header, or a column twice")
             yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}, line {number}: {error}") from error
 
 
@@ -323,9 +320,7 @@ def text_of(part: Any, name: str, role: str) -> str:
             raise UserError(f"{name} that is not one {role} turn")
     require(isinstance(part, str | None), f"{name} that is not text")
     require(part and part.strip(), f"without a {name}")
-    require(
-        part.isascii() or not re.search("[\ud800-\udfff]", part), "text that is no valid Unicode"
-    )
+    require(not re.search("[\ud800-\udfff]", part), "text that is no valid Unicode")
     return part
 
 
@@ -341,7 +336,7 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
     keys = ("annotations", key, "Rating") if key in ASPECTS else (key,)
     get = lambda part, key: part.get(key) if isinstance(part, dict) else None
 
-    def triplets() -> Iterator[tuple[str, str, float]]:
+    def triplets() -> Iterator[dict]:
         for row in progress(read_rows(args), "Reading", unit=" rows"):
             seen.update(row)
             parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
@@ -356,7 +351,7 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
                     number = str(reward).strip().lower().replace("_", "?")
                     reward = float({"true": 1, "false": 0}.get(number, number))
                     require(math.isfinite(reward), "reward that is not finite")
-                    yield x.strip(), y, reward
+                    yield {"prompt": x.strip(), "completion": y, "reward": reward}
                 except UserError as error:
                     dropped[str(error)] += 1
                 except ValueError:
@@ -364,8 +359,7 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
 
     usable = triplets()
     while block := list(itertools.islice(usable, 8000)):  # all at once takes four times as much
-        columns = zip(("prompt", "completion", "reward"), map(list, zip(*block)))
-        tables.append(datasets.Dataset.from_dict(dict(columns)))
+        tables.append(datasets.Dataset.from_list(block))
     known = seen >= {"prompt", "completion", "reward"} or seen >= {"instruction", "completions"}
     needs = "it needs prompt, completion and reward, or UltraFeedback's instruction and completions"
     require(known, f"{name} has the columns {sorted(seen)}: {needs}")
@@ -622,8 +616,7 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
 
     Nothing but the arguments decides, so a resumed run needs no state, and processes no talk.
     """
-    numbers = np.arange((step - 1) * batch_size, step * batch_size)
-    epochs, places = np.divmod(numbers, num_rows)
+    epochs, places = np.divmod(np.arange((step - 1) * batch_size, step * batch_size), num_rows)
     orders = {e: np.random.default_rng([seed, e]).permutation(num_rows) for e in np.unique(epochs)}
     return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
 
@@ -662,8 +655,8 @@ class Run:
 
     def __post_init__(self) -> None:
         args = self.args
-        # A GPU takes a batch at once. On a CPU little is as fast, and a model with an encoder has only
-        # half of its layers for each token.
+        # A GPU takes a batch at once. On a CPU this much is about as fast as more; a model with an
+        # encoder has half of its layers, and of the memory for them, for each token.
         tokens = 1024 if self.policy.config.is_encoder_decoder else 640
         if DEVICE.type == "cuda":
             tokens = args.max_prompt_length + args.max_completion_length
@@ -707,9 +700,9 @@ def for_each(run: Run, side: Side, rows, function: Callable, desc="", widths=Non
     widths, parts = side.widths if widths is None else widths, []
     # Chunks alike on all processes.
     chunks = micro_batches(rows, widths, 16 * max(gather(run.args.micro_batch_tokens)))
-    # A part of a step has no name. Where nothing would be lost, a signal is obeyed here; else at the
-    # next log line.
-    may_stop = desc and run.step in (0, *checkpoints(Path(run.args.output_dir)))
+    # What has a `desc` is no part of a step. Where nothing would be lost, a signal is obeyed here;
+    # else at the next log line.
+    may_stop = desc and gather(run.step in (0, *checkpoints(Path(run.args.output_dir))))[0]
     for chunk in progress(chunks, desc) if desc else chunks:
         if may_stop and any(gather(bool(stop_signals))):
             raise KeyboardInterrupt("stopped")
@@ -724,8 +717,8 @@ def score(run: Run, side: Side, rows=None, desc="", values=False) -> tuple[Tenso
 
     def function(piece: np.ndarray, batch: dict[str, Tensor]) -> list[list[float]]:
         logps = sequence_logps(run.policy, batch)
-        V = run.value_model if values and run.value_model else lambda x, mask: logps * math.nan
-        return torch.stack([logps, V(batch["input_ids"], batch["attention_mask"])], -1).tolist()
+        value = run.value_model if values and run.value_model else lambda x, mask: logps * math.nan
+        return torch.stack([logps, value(batch["input_ids"], batch["attention_mask"])], -1).tolist()
 
     rows = np.arange(len(side.x)) if rows is None else rows
     items = for_each(run, side, rows, function, desc)
@@ -766,11 +759,15 @@ def fix_reference(run: Run) -> None:
             say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
 
 
-def step_passes(run: Run, means: tuple | None, divisor: float) -> list[tuple[Callable, np.ndarray]]:
+def step_passes(
+    run: Run, divisor: float, mean_reward: float, mean_log_ratio: float
+) -> list[tuple[Callable, np.ndarray]]:
     """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, a tensor for
     each name. Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
     args, side = run.args, run.sides["train"]
-    V, logps = torch.zeros(2, len(side.x), device=DEVICE)  # of the step's rows, without a graph
+    values, logps = torch.zeros(
+        2, len(side.x), device=DEVICE
+    )  # of the step's rows, without a graph
 
     def value(batch: dict[str, Tensor]) -> Tensor:
         return run.value_model(batch["input_ids"], batch["attention_mask"])
@@ -781,7 +778,7 @@ def step_passes(run: Run, means: tuple | None, divisor: float) -> list[tuple[Cal
 
     @torch.no_grad()
     def fix_values(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
-        V[piece] = value(batch)
+        values[piece] = value(batch)
 
     def policy_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logp, ref_logp = sequence_logps(run.policy, batch), batch.get("ref_logps")
@@ -794,14 +791,14 @@ def step_passes(run: Run, means: tuple | None, divisor: float) -> list[tuple[Cal
         else:
             record |= {"log_ratio": logp - ref_logp, "reward": rewards}
         if args.loss == "kto":
-            desirable, kl = rewards > means[0] + 1e-6, torch.tensor(max(0.0, means[1]))
+            desirable, kl = rewards > mean_reward + 1e-6, torch.tensor(max(0.0, mean_log_ratio))
             losses = record["loss"] = kto_loss(logp, ref_logp, desirable, kl, args.tau)
         elif args.loss == "dro_v":
             if not run.value_model:
                 # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
-                V[piece] = means[0] - args.tau * means[1]
-            record["value"] = V[piece]
-            losses, _, _ = dro_v_loss(logp, ref_logp, V[piece], rewards, args.tau)
+                values[piece] = mean_reward - args.tau * mean_log_ratio
+            record["value"] = values[piece]
+            losses, _, _ = dro_v_loss(logp, ref_logp, values[piece], rewards, args.tau)
         logps[piece] = logp.detach()
         descend(losses)
         return {name: tensor.detach() for name, tensor in record.items()}
@@ -839,12 +836,13 @@ def train(run: Run) -> None:
         rows = step_rows(number, len(side.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
         divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
-        means = None  # of the whole batch's rewards and log π/π_ref, KTO's of mismatched pairs
+        # The whole batch's mean reward and log π/π_ref (KTO's of mismatched pairs), where needed.
+        means = (math.nan, math.nan)
         if args.loss == "kto" or args.value == "batch":
             other = run.sides.get("mismatched", side)
             log_ratio = score(run, other, rows)[0] - other.ref_logps[rows]
             means = side.rewards[rows].mean().item(), log_ratio.mean().item()
-        for record in filter(None, in_pieces(run, side, rows, *step_passes(run, means, divisor))):
+        for record in filter(None, in_pieces(run, side, rows, *step_passes(run, divisor, *means))):
             for name, tensor in record.items():
                 window[name].append(tensor)
         if dist.is_initialized():
@@ -1030,7 +1028,8 @@ def dice_report(run: Run) -> dict:
         logs = torch.stack([ref, logps[rows].double(), optimum])  # (3, rolls)
         mass = logs.logsumexp(1, keepdim=True)
         errors.append(values[rows[0]].item() - tau * mass[2].item())
-        log_p, mass[2] = logs - mass, 0.0
+        log_p = logs - mass
+        mass[2] = 0.0
         p = log_p.exp()
         table.append(torch.stack([p @ rewards, mass.exp()[:, 0], (p * (log_p - log_p[0])).sum(1)]))
         shown[abs(len(rows) - 6)] = prompt, p.T[:8].tolist()  # one of about six rolls is printed
@@ -1254,9 +1253,8 @@ def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
 
 SEVERAL = os.environ.get("WORLD_SIZE", "") not in ("", "1")
 LAUNCH = {x: os.environ.get(x, "") if SEVERAL else "" for x in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-WORLD_SIZE, RANK, LOCAL_RANK = (
-    int(x) if x.isdecimal() else not i for i, x in enumerate(LAUNCH.values())
-)
+alone = zip(LAUNCH.values(), (1, 0, 0))
+WORLD_SIZE, RANK, LOCAL_RANK = (int(x) if x.isdecimal() else number for x, number in alone)
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 # The first process prints: a line, or, where it has a terminal, a bar, which a line does not tear.
 say = tqdm.write if RANK == 0 else lambda message: None
@@ -1461,7 +1459,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         require(right, f"--{name} must be a finite number {'>=' if may_be_0 else '>'} 0, not {x}")
     if "resume" in given:
         return resumed_args(given, defaults)
-    preset = DICE | (DICE_SFT if given.get("loss") == "sft" else {}) if given.get("dice") else {}
+    preset = DICE if given.get("dice") else {}
+    if preset and given.get("loss") == "sft":
+        preset = preset | DICE_SFT
     args = Namespace(**defaults | preset | given)
     args.as_is = args.dice and given.keys() <= {"dice", "seed", "tau", "output_dir"}
     args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
@@ -1561,9 +1561,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
             content = {"args": vars(args), "versions": versions | {"python": sys.version}}
             with loading(folder, "it cannot be written to, or another run has just taken it"):
                 folder.mkdir(parents=True, exist_ok=True)
-                with open(folder / "args.json", "x", encoding="utf-8") as file:
-                    file.write(json.dumps(content, indent=2) + "\n")
                 locks.enter_context(lock)
+                require(not (folder / "args.json").exists(), "it is a run now")
+                write_json(folder / "args.json", content, indent=2)
         write_json(folder / kept, manifest, indent=2)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
         for half_written in folder.glob(".checkpoint-*.tmp"):

@@ -338,7 +338,7 @@ def test_a_steps_passes_add_up_to_the_gradient_of_both_losses_at_one_policy_and_
             parameter.data += 0.05 * torch.randn_like(parameter)
         side = state.sides["train"]
         rows = drov.step_rows(1, len(side.x), 8, 42)
-        drov.in_pieces(state, side, rows, *drov.step_passes(state, None, 8))
+        drov.in_pieces(state, side, rows, *drov.step_passes(state, 8, 0.0, 0.0))
         ours = [parameter.grad.clone() for parameter in parameters]
         state.optimizer.zero_grad()
         for module in (*state.policy.modules(), *state.value_model.modules()):
@@ -593,7 +593,7 @@ CSV = b"prompt,completion,reward\na,b,1\n"
     ("a.jsonl", GOOD + GOOD.replace(b'"a"', b'"c"'), "all equal but for rounding"),
     ("a.jsonl", GOOD.replace(b'"b"', b'""'), "no usable row"), ("a.json", GOOD, "is no JSON object"),
     ("a.csv", CSV + b"a,b,c,1\n", "line 3"), ("a.csv", CSV + b"a,b\n", "line 3"),
-    ("a.csv", CSV.replace(b"reward", b"prompt"), "stands twice"),
+    ("a.csv", CSV.replace(b"reward", b"prompt"), "a column twice"),
     ("a.csv", CSV + b'a,"b \\"c, d\\" e",1\n', "line 3"), ("a.parquet", b"PAR", "cannot load"),
 ])  # fmt: skip
 def test_a_broken_file_ends_in_one_line_that_names_the_place(name, content, says):
