@@ -1539,11 +1539,10 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     recomputes = policy.supports_gradient_checkpointing or not args.gradient_checkpointing
     require(recomputes, f"{source} does not support --gradient_checkpointing")
     seq2seq = policy.config.is_encoder_decoder
-    padding = "right" if seq2seq else "left"
     frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
-    sides, fold_of, manifest = load_sides(args, encoding, padding)
+    sides, fold_of, manifest = load_sides(args, encoding, "right" if seq2seq else "left")
     manifest = json.loads(json.dumps(manifest | {"frame": frame}))
     changed = [name for name in saved if saved[name] != manifest.get(name)]
     require(not changed, f"the data have changed since this run began: {', '.join(changed)}")

@@ -480,6 +480,7 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model(processes):
 
 @each(("size", "says"), [("", "it is no run"), ("4", "torchrun")])
 def test_world_size_without_a_launcher_is_named(size, says, monkeypatch):
+    assert repr((drov.WORLD_SIZE, drov.RANK, drov.DEVICE.index or 0)) == "(1, 0, 0)"
     monkeypatch.setenv("WORLD_SIZE", size)
     assert says in fails("--resume nothing", main=runpy.run_path(drov.__file__)["main"])
 
