@@ -286,7 +286,8 @@ def read_file(path: str) -> Iterator[tuple[int, dict]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
     except (ValueError, TypeError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path}, line {number}: {error}") from error
+        number = getattr(error, "lineno", number) if ending == ".json" else number
+        raise UserError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from error
 
 
 def read_rows(args: Namespace) -> Iterator[dict]:
@@ -304,7 +305,7 @@ def read_rows(args: Namespace) -> Iterator[dict]:
             for batch in pyarrow.parquet.ParquetFile(name).iter_batches(1000):
                 yield from batch.to_pylist()
         else:
-            require(ending in (".jsonl", ".json", ".csv"), f"{name} has another ending: {takes}")
+            require(ending in (".jsonl", ".json", ".csv"), f"{name} is none: {takes}")
             yield from (row for _, row in read_file(name))
 
 
@@ -521,6 +522,7 @@ class Side:
 def make_side(prompts, completions, rewards, encoding: Callable, padding: str) -> Side:
     """Tokenise N rows; `encoding` is `encode`, given all but the texts."""
     side = Side(prompts, [], [], torch.tensor(rewards, dtype=torch.float32), padding)
+    require(side.rewards.isfinite().all(), "a reward is too far from the training side's")
     for start in progress(range(0, len(prompts), 1000), "Tokenising"):
         part = slice(start, start + 1000)
         for known, ids in zip((side.x, side.y), encoding(prompts[part], completions[part])):
@@ -582,7 +584,7 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     numbers = {k: x for k, x in manifest.items() if type(x) in (int, float) and k not in settings}
     say(", ".join(f"{name} {x:.6g}" for name, x in numbers.items()))
     says = f"{unknown:.0%} of the tokens are unknown to the tokenizer"
-    require(unknown <= 0.05, f"{says}: it is not made for these texts")
+    require(unknown <= 0.05, f"{says}: it is not made for these texts, or its files are missing")
     if unknown:
         say("of unknown tokens: a T5's tokenizer has none for line breaks and braces")
     manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
@@ -689,11 +691,11 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, n
         say(f"out of memory: going on with --micro_batch_tokens {args.micro_batch_tokens}")
 
 
-def for_each(run: Run, side: Side, rows, function: Callable, desc="", widths=None) -> list:
-    """`function(piece, batch)`, an item for each row of a piece, without gradients and in length
-    order: the items of all `rows`, in their order, on all processes."""
+def for_each(run: Run, side: Side, rows, function, desc="", widths=None, grad=False) -> list:
+    """`function(piece, batch)`, an item for each row of a piece, in length order: the items of all
+    `rows`, in their order, on all processes."""
 
-    @torch.no_grad()
+    @torch.set_grad_enabled(grad)
     def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
         return list(zip(piece.tolist(), function(piece, batch), strict=True))
 
@@ -712,7 +714,7 @@ def for_each(run: Run, side: Side, rows, function: Callable, desc="", widths=Non
     return [items[row] for row in rows.tolist()]
 
 
-def score(run: Run, side: Side, rows=None, desc="", values=False) -> tuple[Tensor, Tensor]:
+def score(run: Run, side: Side, rows=None, desc="", values=False, grad=False) -> tuple[Tensor, ...]:
     """log π(y|x) and, with `values`, V(x) of a side or of some of its rows, (N,) each."""
 
     def function(piece: np.ndarray, batch: dict[str, Tensor]) -> list[list[float]]:
@@ -721,7 +723,7 @@ def score(run: Run, side: Side, rows=None, desc="", values=False) -> tuple[Tenso
         return torch.stack([logps, value(batch["input_ids"], batch["attention_mask"])], -1).tolist()
 
     rows = np.arange(len(side.x)) if rows is None else rows
-    items = for_each(run, side, rows, function, desc)
+    items = for_each(run, side, rows, function, desc, grad=grad)
     return torch.tensor(items, dtype=torch.float32).reshape(-1, 2).unbind(-1)
 
 
@@ -751,7 +753,8 @@ def fix_reference(run: Run) -> None:
                 scored.ref_logps = logps[name]
     if first and args.max_steps > 0:
         rows = np.unique(step_rows(1, total, args.train_batch_size, args.seed))
-        once, again = (score(run, side, rows)[0] for _ in range(2))
+        # With gradients, as in a step: for them torch may take other kernels.
+        once, again = (score(run, side, rows, grad=True)[0] for _ in range(2))
         if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
             raise RunError("a batch does not score alike twice: is there NaN, dropout or noise?")
         if args.loss != "sft":
@@ -976,6 +979,7 @@ def generate(run: Run) -> None:
             end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
             body = tokens[:end]
             body = body[: -len(behind)] if body[-len(behind) :] == behind else body
+            body = [token for token in body if token < len(run.tokenizer)]  # embeddings may be more
             text = run.tokenizer.decode(body, True, clean_up_tokenization_spaces=False)
             lines.append({"completions": [text], "finished": [end is not None]})
         return lines
@@ -1307,7 +1311,8 @@ def write(path: Path, content: Callable[[Path], Any]) -> None:
 def write_json(path: Path, *objects: dict, indent: int | None = None) -> None:
     """The objects, each with a line break behind it; the whole file, or the old one."""
     text = "".join(json.dumps(x, indent=indent, ensure_ascii=False) + "\n" for x in objects)
-    write(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
+    # A file's name may be no UTF-8; its escape in JSON is the same name.
+    write(path, lambda file: file.write_text(text, "utf-8", "backslashreplace", "\n"))
 
 
 def load_json(folder: str | Path, name: str) -> dict:
@@ -1454,9 +1459,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     zeros = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
     for name, x in given.items():
         may_be_0 = name in zeros or "learning_rate" in name
-        most = 2**63 if type(x) is int else math.inf
+        most = 2**32 if type(x) is int else 1e38
         right = type(x) not in (int, float) or 0 < x < most or may_be_0 and x == 0
-        require(right, f"--{name} must be a finite number {'>=' if may_be_0 else '>'} 0, not {x}")
+        require(
+            right,
+            f"--{name} must be a number {'>=' if may_be_0 else '>'} 0, below {most:.9g}, not {x}",
+        )
     if "resume" in given:
         return resumed_args(given, defaults)
     preset = DICE if given.get("dice") else {}
@@ -1523,7 +1531,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     if args.resume:
         with loading(folder, "a run that is alive works there"):
             on_first(lambda: locks.enter_context(lock))
-    unused = gather(args.resume or not folder.is_dir() or not any(folder.iterdir()))[0]
+    unused = gather(args.resume or not folder.is_dir() or not set(os.listdir(folder)) - {".lock"})[
+        0
+    ]
     require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
     found, saved = checkpoints(folder), {}
     if found or args.resume and (folder / kept).exists():
@@ -1668,10 +1678,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays float32
-    # Left to itself, torch takes one attention kernel for π_ref and another, with gradients, for π:
-    # in bfloat16 they round differently, and log π/π_ref would show it.
-    torch.backends.cuda.enable_flash_sdp(DEVICE.type == "cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)
     stop_signals.clear()
     code, says, args = 0, "", None
     try:
@@ -1679,6 +1685,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             meet_processes()
             args = parse_args(argv)
             args.output_dir = gather(args.output_dir)[0]  # a name may hold the time
+            # Left to itself, torch takes one attention kernel for π_ref and another, with gradients,
+            # for π: in bfloat16 they round differently, and log π/π_ref would show it.
+            torch.backends.cuda.enable_flash_sdp(not args.bf16)
+            torch.backends.cuda.enable_cudnn_sdp(not args.bf16)
             if args.compare:
                 require(WORLD_SIZE == 1, "--compare takes one process: start it without torchrun")
                 compare(args)
