@@ -126,7 +126,7 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
         sizes |= {"num_layers": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
         config = transformers.T5Config(**sizes)
         return transformers.T5ForConditionalGeneration(config), transformers.ByT5Tokenizer()
-    with loading(source, "give a hub name or a folder; --dice needs no network"):
+    with loading(source, "give a hub name or a (finished run's) folder; --dice needs no network"):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         make_deterministic(config)
         kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
@@ -356,7 +356,7 @@ def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.D
                 except UserError as error:
                     dropped[str(error)] += 1
                 except ValueError:
-                    dropped["without a reward"] += 1
+                    dropped["without a reward that is a number"] += 1
 
     usable = triplets()
     while block := list(itertools.islice(usable, 8000)):  # all at once takes four times as much
@@ -565,8 +565,9 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
             # statistics that include the held-out rewards would leak them.
             mean, std, low, high = (float(f(raw)) for f in (np.mean, np.std, np.min, np.max))
             usable = 1e-12 * max(abs(low), abs(high)) < std < math.inf
-            says = f"training rewards lie between {low} and {high}: all equal but for rounding"
-            require(usable or args.loss == "sft", f"{says}, or too far")  # SFT reads none
+            why = "all equal but for rounding" if std < math.inf else "too far apart"
+            says = f"training rewards lie between {low} and {high}: {why}"
+            require(usable or args.loss == "sft", says)  # SFT reads none
             std = std if usable else 1.0
         encoder = functools.partial(encoding, counts=counts)
         sides[name] = make_side(*texts, (raw - mean) / std, encoder, padding)
@@ -1081,7 +1082,7 @@ def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dic
     runs = [(ours, name, "") for name in args.compare]
     runs += [(theirs, name, "" if args.against else "@0") for name in args.against or args.compare]
     for side, name, start in runs:
-        with loading(name, "it is no finished run"):
+        with loading(name, "it is no finished run, or one without answers"):
             has = load_json(name, "prompt_split_manifest.json")
             has |= load_json(name, "args.json")["args"]
             last = load_json(name, "results.json")["step"]
@@ -1091,7 +1092,8 @@ def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dic
         require(not differ, f"{runs[0][1]} and {name} do not compare: they differ in {differ}")
         missing = has["eval_prompts"] - len(new)
         require(not missing, f"{name} has {len(new)} answers, {missing} fewer than prompts")
-        require(side.keys().isdisjoint(new), f"a fold is answered twice, again by {name}")
+        says = f"{name} answers a fold again: the other policy goes behind --against"
+        require(side.keys().isdisjoint(new), says)
         side.update(new)
     says = f"not the same prompts are answered: {len(ours)} and {len(theirs)}, or other folds"
     require(ours.keys() == theirs.keys(), says)
@@ -1181,7 +1183,7 @@ def compare(args: Namespace) -> None:
         with loading(file, "--verdicts needs a file of JSON Lines"):
             for number, line in read_file(file):
                 right = isinstance(line.get("id"), str) and line.get("winner") in list(points)
-                says = f'{file}, line {number} needs an "id" and a "winner" that is A, B or tie'
+                says = f'{file}, line {number} needs an "id", a text, and a "winner": A, B or tie'
                 require(right, says)
                 given.setdefault(line["id"], []).append(points[line["winner"]])
         verdicts = np.array([np.mean(given[pair["id"]] or math.nan) for pair in pairs])
@@ -1230,6 +1232,8 @@ stop_signals: list[int] = []  # Ctrl-C and SIGTERM arrive here
 def request_stop(signum: int, frame: object) -> None:
     """A signal handler: the first signal is noted, a second one ends the program at once."""
     stop_signals.append(signum)
+    if RANK == 0:  # print() may be what was interrupted
+        os.write(2, b"\nstopping at the next log line; a second signal stops at once\n")
     if len(stop_signals) > 1:
         raise KeyboardInterrupt
 

@@ -240,7 +240,7 @@ def test_unusable_rows_are_counted_by_cause_and_messages_and_ultrafeedback_under
         "completion that is not text": plain | {"completion": 6},
         "text that is no valid Unicode": plain | {"prompt": "p\ud83c"},
         "reward that is not finite": plain | {"reward": np.nan},
-        "without a reward": {"instruction": "u", "completions": [answer, unrated]},
+        "without a reward that is a number": {"instruction": "u", "completions": [answer, unrated]},
         "without a completion": {"instruction": "u", "completions": []},
     }
     chat = {"prompt": turn("user", "p"), "completion": turn("assistant", "c"), "reward": "true"}
@@ -506,7 +506,7 @@ def test_dice_is_measured_exactly_and_compared_by_its_true_reward(capsys, monkey
     args.write_text(args.read_text().replace('"temperature": 1.0', '"temperature": 0.5'))
     assert "differ in ['temperature']" in fails("--compare all --against warm")
     assert "not the same prompts" in fails("--compare all --against fold0")
-    assert "answered twice" in fails("--compare fold0 fold0")
+    assert "behind --against" in fails("--compare fold0 fold0")
     write_lines("all/generations-20.jsonl", read_lines("all/generations-20.jsonl")[1:])
     assert "23 answers, 1 fewer" in fails("--compare all")
 
