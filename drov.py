@@ -114,7 +114,7 @@ def kto_loss(
 # --------------------------------------------------------------------------------------- models
 
 # A policy is any encoder-decoder or any decoder-only model. What follows, `text_frame` and
-# `generate` know the two kinds; all else knows on which side prompts are padded.
+# `generate` treat the two kinds apart; elsewhere they differ in what counts as a length.
 
 
 def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, Any]:
@@ -693,8 +693,8 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, n
 
 
 def for_each(run: Run, side: Side, rows, function, desc="", widths=None, grad=False) -> list:
-    """`function(piece, batch)`, an item for each row of a piece, in length order: the items of all
-    `rows`, in their order, on all processes."""
+    """`function(piece, batch)`, an item for each row of a piece, in length order, without gradients
+    unless `grad`: the items of all `rows`, in their order, on all processes."""
 
     @torch.set_grad_enabled(grad)
     def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
