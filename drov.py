@@ -1377,7 +1377,7 @@ DICE = {
 }  # fmt: skip
 DICE_SFT = {
     "loss": "sft", "value": "prompt", "model_name_or_path": "dice", "optim": "adafactor",
-    "learning_rate": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_grad_norm": None,
+    "learning_rate": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_grad_norm": 1.0,
     "max_steps": 600, "logging_steps": 100, "save_steps": 600, "overfit_one_batch": False,
     "share_policy_and_value_backbone": False, "as_is": False,
 }  # fmt: skip
