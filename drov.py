@@ -665,6 +665,11 @@ class Run:
             tokens = args.max_prompt_length + args.max_completion_length
             tokens *= args.per_device_train_batch_size
         args.micro_batch_tokens = args.micro_batch_tokens or tokens
+        for module in self.policy.modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings >= len(self.tokenizer):
+                module.sparse = (
+                    True  # a piece has few words: adding zeros for all others takes long
+                )
 
 
 def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, np.ndarray]) -> list:
@@ -1590,9 +1595,6 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     run = Run(args, policy.train().to(DEVICE), tokenizer, sides, fold_of, manifest)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
-    for module in policy.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings >= len(tokenizer):
-            module.sparse = True  # a piece has few words: to add zeros for all others takes long
     torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
     groups = [{"params": list(policy.parameters()), "lr": args.learning_rate}]
     if args.loss == "dro_v" and args.value != "batch":
