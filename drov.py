@@ -276,12 +276,10 @@ def read_file(path: str) -> Iterator[tuple[int, dict]]:
             rows = map(json.loads, filter(str.strip, lines()))
         for item, row in enumerate(rows, start=1):
             number = item if ending == ".json" else number
-            if not isinstance(row, dict):
-                raise TypeError(f"{row!r:.50} is no JSON object")
-            if ending == ".csv" and (
-                None in (*row, *row.values()) or len(row) < len(rows.fieldnames)
-            ):
-                raise ValueError("more or fewer fields than in the header, or a column twice")
+            require(isinstance(row, dict), f"{row!r:.50} is no JSON object")
+            if ending == ".csv":  # DictReader puts None where a field lacks a name or a value
+                fits = None not in (*row, *row.values()) and len(row) == len(rows.fieldnames)
+                require(fits, "more or fewer fields than in the header, or a column twice")
             yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
@@ -294,18 +292,19 @@ def read_rows(args: Namespace) -> Iterator[dict]:
     """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
     name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
     takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
-    a_file = os.path.isfile(name) or ending in (".jsonl", ".json", ".csv", ".parquet")
+    endings = (".jsonl", ".json", ".csv", ".parquet")
+    a_file = os.path.isfile(name) or ending in endings or name[:1] in "./~"
     with loading(name, f"{takes}; --dice needs none"):
         if name == "dice":
             yield from dice_rolls(args.seed)
-        elif not a_file and name[:1] not in "./~" or os.path.isdir(name):
+        elif os.path.isdir(name) or not a_file:
             options = {"split": args.dataset_split, "revision": args.dataset_revision}
             yield from datasets.load_dataset(name, **options)
         elif ending == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(name).iter_batches(1000):
                 yield from batch.to_pylist()
         else:
-            require(ending in (".jsonl", ".json", ".csv"), f"{name} is none: {takes}")
+            require(ending in endings, f"{name} is none of these: {takes}")
             yield from (row for _, row in read_file(name))
 
 
@@ -774,9 +773,7 @@ def step_passes(
     """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, a tensor for
     each name. Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
     args, side = run.args, run.sides["train"]
-    values, logps = torch.zeros(
-        2, len(side.x), device=DEVICE
-    )  # of the step's rows, without a graph
+    values, logps = torch.zeros(2, len(side.x), device=DEVICE)  # those of the step's rows, no graph
 
     def value(batch: dict[str, Tensor]) -> Tensor:
         return run.value_model(batch["input_ids"], batch["attention_mask"])
@@ -818,7 +815,8 @@ def step_passes(
         descend(losses)
 
     # Both gradients are taken at the same π and V. V reads prompts alone, so its pieces have more
-    # rows; and its graph and the policy's are never in memory together.
+    # rows (more again without a graph, as in `generate`); and its graph and the policy's are never in
+    # memory together.
     passes = [(policy_gradient, side.widths)]
     if run.value_model:
         prompts = side.lengths[:, :1]
@@ -841,8 +839,8 @@ def train(run: Run) -> None:
     for step in progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps"):
         run.step = step
         started = time.perf_counter()
-        number = 1 if args.overfit_one_batch else run.step
-        rows = step_rows(number, len(side.x), args.train_batch_size, args.seed)
+        whose = 1 if args.overfit_one_batch else step
+        rows = step_rows(whose, len(side.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
         divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
         # The whole batch's mean reward and log π/π_ref (KTO's of mismatched pairs), where needed.
@@ -1540,10 +1538,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     if args.resume:
         with loading(folder, "a run that is alive works there"):
             on_first(lambda: locks.enter_context(lock))
-    unused = gather(args.resume or not folder.is_dir() or not set(os.listdir(folder)) - {".lock"})[
-        0
-    ]
-    require(unused, f"--output_dir {folder} is not empty: give another one, or --resume it")
+    holds = gather({path.name for path in folder.glob("*")} - {".lock"})[0]
+    says = f"--output_dir {folder} is not empty: give another one, or --resume it"
+    require(args.resume or not holds, says)
     found, saved = checkpoints(folder), {}
     if found or args.resume and (folder / kept).exists():
         with loading(folder / kept, "put it back, or start again elsewhere"):
@@ -1580,7 +1577,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
             with loading(folder, "it cannot be written to, or another run has just taken it"):
                 folder.mkdir(parents=True, exist_ok=True)
                 locks.enter_context(lock)
-                require(not (folder / "args.json").exists(), "it is a run now")
+                require(not (folder / "args.json").exists(), f"{folder} has just been taken")
                 write_json(folder / "args.json", content, indent=2)
         write_json(folder / kept, manifest, indent=2)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
