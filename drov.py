@@ -664,11 +664,10 @@ class Run:
             tokens = args.max_prompt_length + args.max_completion_length
             tokens *= args.per_device_train_batch_size
         args.micro_batch_tokens = args.micro_batch_tokens or tokens
+        # A piece has few of all words: a gradient that holds zeros for the others takes long to add.
         for module in self.policy.modules():
             if isinstance(module, nn.Embedding) and module.num_embeddings >= len(self.tokenizer):
-                module.sparse = (
-                    True  # a piece has few words: adding zeros for all others takes long
-                )
+                module.sparse = True
 
 
 def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, np.ndarray]) -> list:
@@ -1468,10 +1467,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         may_be_0 = name in zeros or "learning_rate" in name
         most = 2**32 if type(x) is int else 1e38
         right = type(x) not in (int, float) or 0 < x < most or may_be_0 and x == 0
-        require(
-            right,
-            f"--{name} must be a number {'>=' if may_be_0 else '>'} 0, below {most:.9g}, not {x}",
-        )
+        least = ">= 0" if may_be_0 else "> 0"
+        require(right, f"--{name} must be a number {least}, below {most:.9g}, not {x}")
     if "resume" in given:
         return resumed_args(given, defaults)
     preset = DICE if given.get("dice") else {}
