@@ -54,7 +54,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -113,8 +113,8 @@ def kto_loss(
 
 # --------------------------------------------------------------------------------------- models
 
-# A policy is any encoder-decoder or any decoder-only model. What follows, `text_frame` and
-# `generate` treat the two kinds apart; elsewhere they differ in what counts as a length.
+# A policy is any encoder-decoder or any decoder-only model. This section, `text_frame` and
+# `generate` tell the two kinds apart; elsewhere they differ in what is a length: `Side.widths`.
 
 
 def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, Any]:
@@ -134,8 +134,8 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
         load = kinds[config.is_encoder_decoder].from_pretrained
         policy, info = load(source, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-    two_sided = any("MaskedLM" in name for name in config.architectures or ())
-    require(not two_sided, f"{source} is a masked language model: it reads what is to come")
+    bidirectional = any("MaskedLM" in name for name in config.architectures or ())
+    require(not bidirectional, f"{source} is a masked language model: it reads what is to come")
     lacking = sorted(info["missing_keys"])
     require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
     words, rows = len(tokenizer), len(policy.get_input_embeddings().weight)
@@ -152,7 +152,7 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
 
 
 def make_deterministic(config: transformers.PreTrainedConfig) -> None:
-    """Set every rate of dropout and jitter to 0, in nested configs too, so that log π/π_ref starts at
+    """Set every rate of dropout and jitter to 0, in nested configs too, that log π/π_ref starts at
     0; and take GELU's lighter form."""
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
@@ -171,11 +171,12 @@ def position_limit(config: transformers.PreTrainedConfig) -> float:
 
 
 @contextmanager
-def head_reads(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it, the product with the vocabulary, the largest of all, sees only selected states, and
-    keeps out of bfloat16, in which a logit has three digits, and rounding adds up over tokens."""
+def float32_head(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it the product with the vocabulary, the largest of all, sees selected states alone,
+    and not in bfloat16, in which a logit has three digits, and rounding adds up over tokens."""
     head, exact = model.get_output_embeddings(), torch.autocast(DEVICE.type, enabled=False)
-    head.forward = exact(lambda states: type(head).forward(head, select(states).float()))
+    dtype = head.weight.dtype  # float32, unless a loop of your own has loaded it otherwise
+    head.forward = exact(lambda states: type(head).forward(head, select(states).to(dtype)))
     try:
         yield
     finally:
@@ -207,7 +208,7 @@ def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
         text, predicts = torch.cat([x, y], dim=1), F.pad(real, (x.shape[1] - 1, 1))  # (B, S + T)
         text, predicts = padded_behind(torch.cat([mask.bool(), real], dim=1), text, predicts)
         inputs = {"input_ids": text, "use_cache": False}
-    with head_reads(model, lambda states: states[predicts]):
+    with float32_head(model, lambda states: states[predicts]):
         logits = model(**inputs).logits.float()  # (N, vocabulary), for the N real tokens of y
     token_logps = -F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
     return token_logps.new_zeros(labels.shape).masked_scatter(real, token_logps).sum(-1)
@@ -312,7 +313,7 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
 def text_of(part: Any, name: str, role: str) -> str:
-    """A text as it stands, or that of a chat message; raises UserError with the cause for neither."""
+    """A text as it stands, or a chat message's. Raises UserError with the cause for neither."""
     match part:
         case [{"role": speaker, "content": content}] if speaker == role:
             part = content
@@ -327,14 +328,14 @@ def text_of(part: Any, name: str, role: str) -> str:
 def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.Dataset:
     """Read the data: columns `prompt` (str, stripped), `completion` (str), `reward` (float, raw).
 
-    Rows are plain or UltraFeedback's, which have `completions`. What cannot be used is left out, and
-    counted by cause in a printed line and in `dropped`. Raises UserError if the data cannot be read,
+    Rows are plain or UltraFeedback's, which have `completions`. What cannot be used is left out and
+    counted by cause, in a printed line and in `dropped`. Raises UserError if data cannot be read,
     lack the columns or have no usable row.
     """
     name, key, seen, tables = args.dataset_name, args.reward_key, set(), []
     dropped = Counter() if dropped is None else dropped
     keys = ("annotations", key, "Rating") if key in ASPECTS else (key,)
-    get = lambda part, key: part.get(key) if isinstance(part, dict) else None
+    get = lambda part, name: part.get(name) if isinstance(part, dict) else None
 
     def triplets() -> Iterator[dict]:
         for row in progress(read_rows(args), "Reading", unit=" rows"):
@@ -460,17 +461,15 @@ def encode(
     for (name, side), (texts, limit) in zip(sides.items(), limits):
         before, behind = frame[name]
         room = limit - len(before) - len(behind)
-        says = f"the frame takes {limit - room} tokens: --max_{name}_length must be more"
-        require(room > 0, says)
-        # A text that comes twice is tokenised once; a special token's spelling, as pieces of it.
+        require(room > 0, f"the frame has {limit - room} tokens: --max_{name}_length must be more")
+        # Each different text is tokenised once, in pieces where it spells a special token.
         parts = {text: cut.split(text) if spelt.search(text) else [text] for text in texts}
         flat = list(chain(parts.values()))
         ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False).input_ids)
         bodies = {text: list(chain(itertools.islice(ids, len(parts[text])))) for text in parts}
         for text in texts:
-            body = bodies[text]
-            if not forbidden.isdisjoint(body):  # a normaliser has made a special token's spelling
-                body = [token for token in body if token not in forbidden]
+            # What a normaliser has made a special token's spelling is left out.
+            body = [token for token in bodies[text] if token not in forbidden]
             counts["tokens"] += len(body)
             counts["unknown_tokens"] += body.count(unknown)
             counts["special_spellings"] += len(parts[text]) > 1
@@ -489,7 +488,7 @@ class Side:
     x: list[np.ndarray]  # each prompt's ids, in their frame
     y: list[np.ndarray]  # each completion's
     rewards: Tensor  # (N,) normalised
-    padding: str  # the side of prompts that is padded
+    padding: str  # where prompts are padded, "left" or "right"
     ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
 
     @functools.cached_property
@@ -499,23 +498,18 @@ class Side:
 
     @functools.cached_property
     def widths(self) -> np.ndarray:
-        """What a row takes in a batch: encoder and decoder (N, 2), or the one text of both (N, 1)."""
+        """What a row takes in a batch: encoder and decoder (N, 2), or one text of both (N, 1)."""
         return self.lengths if self.padding == "right" else self.lengths.sum(1, keepdims=True)
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Some rows on the device, padded by position: whatever stands there is masked."""
 
-        def pad(ids: Iterable, value: int, side: str) -> Tensor:
-            ids = [torch.tensor(row, dtype=torch.int64) for row in ids]
-            return nn.utils.rnn.pad_sequence(ids, True, value, side)
+        def pad(column: list[np.ndarray], side: str) -> Tensor:
+            ids = [torch.tensor(column[row], dtype=torch.int64) for row in rows]
+            return nn.utils.rnn.pad_sequence(ids, True, -100, side).to(DEVICE)
 
-        x, y = [self.x[row] for row in rows], [self.y[row] for row in rows]
-        batch = {"input_ids": pad(x, 0, self.padding), "labels": pad(y, -100, "right")}
-        batch["attention_mask"] = pad([[1] * len(ids) for ids in x], 0, self.padding)
-        batch["rewards"] = self.rewards[rows]
-        if self.ref_logps is not None:
-            batch["ref_logps"] = self.ref_logps[rows]
-        return {name: tensor.to(DEVICE, non_blocking=True) for name, tensor in batch.items()}
+        x, y = pad(self.x, self.padding), pad(self.y, "right")
+        return {"input_ids": x.clamp(min=0), "attention_mask": (x >= 0).long(), "labels": y}
 
 
 def make_side(prompts, completions, rewards, encoding: Callable, padding: str) -> Side:
@@ -533,7 +527,7 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     """Triplets → prompt split → normalised rewards → tokens. Returns the sides ("train" and "eval";
     for KTO "mismatched", for dice "rolls"), each held-out prompt's fold in the order of the split,
     and the manifest. Raises UserError."""
-    dropped, counts, index, sides = Counter(), Counter(), args.eval_fold_index, {}
+    dropped, counts, index, sides, manifest = Counter(), Counter(), args.eval_fold_index, {}, {}
     triplets = load_triplets(args, dropped)
     row_prompts = triplets["prompt"][:]
     names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
@@ -541,38 +535,35 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     split = functools.partial(split_prompts, sizes, args.split_mode, **settings)
     fold_names = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
     folds = {fold: split(eval_fold_index=fold)[1] for fold in fold_names}
-    asked = folds if index == "all" or args.split_mode == "prompt_seeded" else [index]
+    asked = [index] if index in folds else folds  # all of them, or prompt_seeded's one
 
     def limited(prompts: list[str], most: float) -> list[str]:
         """The first whole prompts of no more than `most` triplets; one at least."""
         total = np.cumsum([sizes[prompt] for prompt in prompts])
         return prompts[: max(1, int(np.searchsorted(total, most, side="right")))]
 
-    train = limited(split(eval_fold_index=index)[0], args.max_train_samples or math.inf)
+    train = set(limited(split(eval_fold_index=index)[0], args.max_train_samples or math.inf))
     share = (args.max_eval_samples or math.inf) / len(asked)
     fold_of = {prompt: fold for fold in asked for prompt in limited(folds[fold], share)}
     names = ("dataset_name", "dataset_revision", "dataset_split", "reward_key", "split_mode")
-    manifest = {name: getattr(args, name) for name in (*names, "eval_fold_index")} | settings
+    settings |= {name: getattr(args, name) for name in (*names, "eval_fold_index")}
     for name, prompts in {"train": train, "eval": fold_of}.items():
-        wanted, digest = set(prompts), hashlib.sha256()
-        table = triplets.select([i for i, prompt in enumerate(row_prompts) if prompt in wanted])
-        for batch in table.iter(1000):
-            digest.update(json.dumps(batch).encode())
+        table = triplets.select([i for i, prompt in enumerate(row_prompts) if prompt in prompts])
         texts, raw = (table["prompt"][:], table["completion"][:]), np.array(table["reward"][:])
         if name == "train":
             # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
             # statistics that include the held-out rewards would leak them.
             mean, std, low, high = (float(f(raw)) for f in (np.mean, np.std, np.min, np.max))
             usable = 1e-12 * max(abs(low), abs(high)) < std < math.inf
-            why = "all equal but for rounding" if std < math.inf else "too far apart"
-            says = f"training rewards lie between {low} and {high}: {why}"
+            says = f"training rewards, {low} to {high}: all equal but for rounding, or too wide"
             require(usable or args.loss == "sft", says)  # SFT reads none
             std = std if usable else 1.0
         encoder = functools.partial(encoding, counts=counts)
         sides[name] = make_side(*texts, (raw - mean) / std, encoder, padding)
         manifest |= {f"{name}_rows": len(raw), f"{name}_prompts": len(prompts)}
         manifest[f"{name}_prompts_sha256"] = sha256(*sorted(prompts))
-        manifest[f"{name}_triplets_sha256"] = digest.hexdigest()
+        digests = (sha256(json.dumps(batch)) for batch in table.iter(1000))
+        manifest[f"{name}_triplets_sha256"] = sha256(*digests)
     manifest |= {"reward_mean": mean, "reward_std": std, "reward_min": low, "reward_max": high}
     rows = manifest["train_rows"] + manifest["eval_rows"]
     manifest |= {name: counts[name] / rows for name in ("cut_prompts", "cut_completions")}
@@ -581,8 +572,7 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     known = {ids.tobytes() for ids in sides["train"].x}
     alike = {p for p, x in zip(sides["eval"].prompts, sides["eval"].x) if x.tobytes() in known}
     manifest["held_out_read_like_training"] = len(alike)
-    numbers = {k: x for k, x in manifest.items() if type(x) in (int, float) and k not in settings}
-    say(", ".join(f"{name} {x:.6g}" for name, x in numbers.items()))
+    say(", ".join(f"{name} {x:.6g}" for name, x in manifest.items() if type(x) in (int, float)))
     says = f"{unknown:.0%} of the tokens are unknown to the tokenizer"
     require(unknown <= 0.05, f"{says}: it is not made for these texts, or its files are missing")
     if unknown:
@@ -590,23 +580,21 @@ def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict,
     manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
     if args.overfit_one_batch:
         del sides["eval"]
-        fold_of = {}
     if args.loss == "kto":
         sides["mismatched"] = mismatched(sides["train"])
-    if args.dataset_name == "dice" and args.loss != "sft" and fold_of:
+    if args.dataset_name == "dice" and args.loss != "sft" and "eval" in sides:
         rolls = [(p, *roll) for p in fold_of if " 4d" not in p for roll in all_rolls(p).items()]
         require(rolls, "no held-out prompt has less than four dice: hold out more")
         *texts, raw = zip(*rolls)
         sides["rolls"] = make_side(*texts, (np.array(raw) - mean) / std, encoding, padding)
-    return sides, fold_of, manifest | {"dropped": dict(dropped)}
+    return sides, fold_of, settings | manifest | {"dropped": dict(dropped)}
 
 
 def mismatched(side: Side) -> Side:
     """KTO's mismatched pairs: each row's prompt with the completion of the row N/2 further on, or
     of the next one with another prompt."""
-    codes = {}
-    prompts = np.array([codes.setdefault(prompt, len(codes)) for prompt in side.prompts])
-    require(len(codes) > 1, "--loss kto needs a second training prompt, to mismatch answers")
+    prompts = np.array(side.prompts, dtype=object)
+    require(len(set(prompts)) > 1, "--loss kto needs a second training prompt, to mismatch answers")
     partner = np.roll(np.arange(len(prompts)), -(len(prompts) // 2))
     while (same := prompts[partner] == prompts).any():
         partner[same] = (partner[same] + 1) % len(prompts)
@@ -664,7 +652,7 @@ class Run:
             tokens = args.max_prompt_length + args.max_completion_length
             tokens *= args.per_device_train_batch_size
         args.micro_batch_tokens = args.micro_batch_tokens or tokens
-        # A piece has few of all words: a gradient that holds zeros for the others takes long to add.
+        # A piece has few of all words: a gradient with zeros for the others takes long to add.
         for module in self.policy.modules():
             if isinstance(module, nn.Embedding) and module.num_embeddings >= len(self.tokenizer):
                 module.sparse = True
@@ -672,8 +660,8 @@ class Run:
 
 def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, np.ndarray]) -> list:
     """For each pass, (work, widths), `work(piece, batch)` for each piece of this process's share of
-    `rows`. Out of memory halves the pieces, drops the gradients so far and begins again; RunError if
-    a single row does not fit."""
+    `rows`; the results, in a list. Out of memory halves the pieces, drops the gradients so far and
+    begins again; RunError if a single row does not fit."""
     args, by_length = run.args, rows[np.argsort(side.lengths[rows].sum(1), kind="stable")]
     own = by_length[RANK::WORLD_SIZE]  # every n-th row by length: processes have equal work
     while True:
@@ -704,17 +692,16 @@ def for_each(run: Run, side: Side, rows, function, desc="", widths=None, grad=Fa
         return list(zip(piece.tolist(), function(piece, batch), strict=True))
 
     widths, parts = side.widths if widths is None else widths, []
-    # Chunks alike on all processes.
+    # Chunks are alike on all processes, though one may have run out of memory.
     chunks = micro_batches(rows, widths, 16 * max(gather(run.args.micro_batch_tokens)))
-    # What has a `desc` is no part of a step. Where nothing would be lost, a signal is obeyed here;
-    # else at the next log line.
+    # What has a `desc` stands outside of steps: a signal ends it here if nothing is lost by that,
+    # the run being at a checkpoint or at step 0; else at the next log line.
     may_stop = desc and gather(run.step in (0, *checkpoints(Path(run.args.output_dir))))[0]
     for chunk in progress(chunks, desc) if desc else chunks:
         if may_stop and any(gather(bool(stop_signals))):
             raise KeyboardInterrupt("stopped")
-        parts.append(in_pieces(run, side, chunk, (work, widths)))
-    flat = itertools.chain.from_iterable
-    items = dict(flat(flat(flat(gather(parts)))))
+        parts += in_pieces(run, side, chunk, (work, widths))
+    items = {row: item for own in gather(parts) for part in own for row, item in part}
     return [items[row] for row in rows.tolist()]
 
 
@@ -769,13 +756,12 @@ def fix_reference(run: Run) -> None:
 def step_passes(
     run: Run, divisor: float, mean_reward: float, mean_log_ratio: float
 ) -> list[tuple[Callable, np.ndarray]]:
-    """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, a tensor for
-    each name. Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
+    """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, by name.
+    Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
     args, side = run.args, run.sides["train"]
-    values, logps = torch.zeros(2, len(side.x), device=DEVICE)  # those of the step's rows, no graph
-
-    def value(batch: dict[str, Tensor]) -> Tensor:
-        return run.value_model(batch["input_ids"], batch["attention_mask"])
+    logps = torch.zeros(len(side.x), device=DEVICE)  # of the step's rows, no graph; so are values
+    # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
+    values = torch.full_like(logps, mean_reward - args.tau * mean_log_ratio)
 
     def descend(losses: Tensor) -> None:
         with torch.autocast(DEVICE.type, enabled=False):
@@ -783,25 +769,22 @@ def step_passes(
 
     @torch.no_grad()
     def fix_values(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
-        values[piece] = value(batch)
+        values[piece] = run.value_model(batch["input_ids"], batch["attention_mask"])
 
     def policy_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logp, ref_logp = sequence_logps(run.policy, batch), batch.get("ref_logps")
-        rewards = batch["rewards"]
+        logp, rewards = sequence_logps(run.policy, batch), side.rewards[piece].to(DEVICE)
         tokens, padded = side.widths[piece].sum(), len(piece) * side.widths[piece].max(0).sum()
         record = {"tokens": torch.tensor([tokens]), "padded_tokens": torch.tensor([padded])}
         if args.loss == "sft":  # maximum likelihood
             losses = record["loss"] = -logp
             record["completion_tokens"] = (batch["labels"] != -100).sum(-1)
         else:
+            ref_logp = side.ref_logps[piece].to(DEVICE)
             record |= {"log_ratio": logp - ref_logp, "reward": rewards}
         if args.loss == "kto":
             desirable, kl = rewards > mean_reward + 1e-6, torch.tensor(max(0.0, mean_log_ratio))
             losses = record["loss"] = kto_loss(logp, ref_logp, desirable, kl, args.tau)
         elif args.loss == "dro_v":
-            if not run.value_model:
-                # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
-                values[piece] = mean_reward - args.tau * mean_log_ratio
             record["value"] = values[piece]
             losses, _, _ = dro_v_loss(logp, ref_logp, values[piece], rewards, args.tau)
         logps[piece] = logp.detach()
@@ -809,13 +792,13 @@ def step_passes(
         return {name: tensor.detach() for name, tensor in record.items()}
 
     def value_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
-        ref_logp, rewards = batch["ref_logps"], batch["rewards"]
-        _, losses, _ = dro_v_loss(logps[piece], ref_logp, value(batch), rewards, args.tau)
+        ref_logp, rewards = side.ref_logps[piece].to(DEVICE), side.rewards[piece].to(DEVICE)
+        value = run.value_model(batch["input_ids"], batch["attention_mask"])
+        _, losses, _ = dro_v_loss(logps[piece], ref_logp, value, rewards, args.tau)
         descend(losses)
 
     # Both gradients are taken at the same π and V. V reads prompts alone, so its pieces have more
-    # rows (more again without a graph, as in `generate`); and its graph and the policy's are never in
-    # memory together.
+    # rows (without a graph, as in `generate`, eight times more); and one graph at a time is alive.
     passes = [(policy_gradient, side.widths)]
     if run.value_model:
         prompts = side.lengths[:, :1]
@@ -824,12 +807,11 @@ def step_passes(
 
 
 def train(run: Run) -> None:
-    """The loop, in the order in which things happen; at a log line: log → evaluate → save → stop."""
+    """The loop, in the order in which things happen; at a log line: log, evaluate, save, stop."""
     args, side, groups = run.args, run.sides["train"], run.optimizer.param_groups
-    parts = [group["params"] for group in groups]
-    parameters = list(itertools.chain.from_iterable(parts))
+    parameters = [p for group in groups for p in group["params"]]
     # Networks are clipped each by itself; a shared backbone makes them one.
-    parts = [parameters] if args.share_policy_and_value_backbone else parts
+    parts = [parameters] if args.share_policy_and_value_backbone else [g["params"] for g in groups]
     networks = dict(zip(("grad_norm", "value_grad_norm"), parts))
     # The + 1 and steps from 1: neither the first step nor the last has a learning rate of 0.
     schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, args.max_steps + 1)
@@ -838,8 +820,8 @@ def train(run: Run) -> None:
     for step in progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps"):
         run.step = step
         started = time.perf_counter()
-        whose = 1 if args.overfit_one_batch else step
-        rows = step_rows(whose, len(side.x), args.train_batch_size, args.seed)
+        data_step = 1 if args.overfit_one_batch else step
+        rows = step_rows(data_step, len(side.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
         divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
         # The whole batch's mean reward and log π/π_ref (KTO's of mismatched pairs), where needed.
@@ -893,7 +875,7 @@ def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | 
     metrics, mean = {}, {name: values.mean() for name, values in pooled.items()}
     if "log_ratio" in pooled:
         target = pooled["reward"] - tau * pooled["log_ratio"]  # what V is fitted to: Eq. 3
-        # Where there is no V, the best single one, so that all losses' numbers compare.
+        # Where there is no V, the best single one for these rows: all losses' numbers compare.
         residual = target - pooled.get("value", target.mean())
         metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
         spread = residual.std(correction=0)
@@ -933,20 +915,19 @@ def rows_by_prompt(side: Side) -> dict[str, list[int]]:
 
 def evaluate(run: Run) -> None:
     """Log the held-out numbers as eval_…. They mean the same for every loss: methods compare."""
-    side, right = run.sides["eval"], []
+    side, ordered = run.sides["eval"], []
     logps, values = score(run, side, desc="π and V on held-out rows", values=True)
     numbers = {"loss": -logps, "completion_tokens": torch.from_numpy(side.lengths[:, 1])}
     if run.args.loss != "sft":
         numbers = {"log_ratio": logps - side.ref_logps, "reward": side.rewards}
         numbers |= {"value": values} if run.value_model else {}
-        # Of pairs of answers to a prompt: does log π/π_ref order them as rewards do? A tie counts ½.
+        # Of two answers to a prompt: does log π/π_ref order them as rewards do? A tie counts ½.
         for rows in rows_by_prompt(side).values():
             rewards, log_ratio = side.rewards[rows], numbers["log_ratio"][rows]
             margin = (log_ratio[:, None] - log_ratio)[rewards[:, None] > rewards]  # each pair once
-            right.append((margin > 1e-3) + 0.5 * (margin.abs() <= 1e-3))
-        numbers["pair_accuracy"] = torch.cat(right)
-    # Every process has all rows, and pools its share.
-    metrics = summarise({k: [x[RANK::WORLD_SIZE]] for k, x in numbers.items()}, run.args.tau)
+            ordered.append((margin > 1e-3) + 0.5 * (margin.abs() <= 1e-3))
+        numbers["pair_accuracy"] = torch.cat(ordered)
+    metrics = summarise({name: [x] for name, x in numbers.items()}, run.args.tau)
     log(run, {f"eval_{name}": x for name, x in metrics.items()})
 
 
@@ -976,7 +957,7 @@ def generate(run: Run) -> None:
         uniform = torch.from_numpy(uniform).to(DEVICE)
         sampler = functools.partial(sample, uniform, args.temperature, width)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with head_reads(policy, lambda states: states):
+        with float32_head(policy, lambda states: states):
             ids = policy.generate(**inputs, logits_processor=[sampler] if args.temperature else [])
         for tokens in ids[:, width:].tolist():
             end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
@@ -1025,20 +1006,18 @@ def all_rolls(prompt: str) -> dict[str, int]:
 
 
 def dice_report(run: Run) -> dict:
-    """How much of the attainable rise of Eq. 1, from the trained π_ref, the policy has, exactly, given
-    a valid roll: nobody rated what is none, so DRO-V cannot know of it; its mass stands beside."""
+    """Exactly, over every roll: how much the policy has of the rise of Eq. 1 that can be had from
+    the trained π_ref. All of it given a valid roll, as nothing rates others; their mass beside."""
     tau, side, table, errors, shown = run.args.tau, run.sides["rolls"], [], [], {}
     logps, values = score(run, side, desc="every roll", values=True)
     for prompt, rows in rows_by_prompt(side).items():
         ref, rewards = side.ref_logps[rows].double(), side.rewards[rows].double()
         optimum = ref.log_softmax(0) + rewards / tau  # log π* + V*/τ: Eq. 2
-        logs = torch.stack([ref, logps[rows].double(), optimum])  # (3, rolls)
-        mass = logs.logsumexp(1, keepdim=True)
-        errors.append(values[rows[0]].item() - tau * mass[2].item())
-        log_p = logs - mass
-        mass[2] = 0.0
+        errors.append(values[rows[0]].item() - tau * optimum.logsumexp(0).item())
+        logs = torch.stack([ref, logps[rows].double(), optimum.log_softmax(0)])  # (3, rolls)
+        mass, log_p = logs.logsumexp(1).exp(), logs.log_softmax(1)
         p = log_p.exp()
-        table.append(torch.stack([p @ rewards, mass.exp()[:, 0], (p * (log_p - log_p[0])).sum(1)]))
+        table.append(torch.stack([p @ rewards, mass, (p * (log_p - log_p[0])).sum(1)]))
         shown[abs(len(rows) - 6)] = prompt, p.T[:8].tolist()  # one of about six rolls is printed
     prompt, bars = shown[min(shown)]
     say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
@@ -1073,28 +1052,29 @@ JUDGE_PROMPT = (
     "better what the instruction asks for?\n\nInstruction:\n{prompt}\n\nResponse A:\n{A}\n\n"
     "Response B:\n{B}\n\nWhich response is better? Answer with one letter, A or B.\nAnswer:"
 )
-PROTOCOL = ("dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed", "held_out",
-            "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature")  # fmt: skip
+PROTOCOL = (
+    "dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed", "held_out",
+    "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature",
+)  # fmt: skip
 
 
 def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dict]:
     """The lines of generations-<step>.jsonl by prompt, with "run", ours and theirs; what all runs
     have in common. Raises UserError unless all are finished and answer the same questions, once."""
     ours, theirs, protocol = {}, {}, {}
-    runs = [(ours, name, "") for name in args.compare]
-    runs += [(theirs, name, "" if args.against else "@0") for name in args.against or args.compare]
-    for side, name, start in runs:
-        with loading(name, "it is no finished run, or one without answers"):
-            has = load_json(name, "prompt_split_manifest.json")
-            has |= load_json(name, "args.json")["args"]
-            last = load_json(name, "results.json")["step"]
-            lines = read_file(f"{name}/generations-{0 if start else last}.jsonl")
-            new = {line["prompt"]: line | {"run": name + start} for _, line in lines}
+    runs = [(ours, run, "") for run in args.compare]
+    runs += [(theirs, run, "" if args.against else "@0") for run in args.against or args.compare]
+    for side, run, at in runs:
+        with loading(run, "it is no finished run, or one without answers"):
+            has = load_json(run, "prompt_split_manifest.json") | load_json(run, "args.json")["args"]
+            last = load_json(run, "results.json")["step"]
+            lines = read_file(f"{run}/generations-{0 if at else last}.jsonl")
+            new = {line["prompt"]: line | {"run": run + at} for _, line in lines}
             differ = [key for key in PROTOCOL if protocol.setdefault(key, has[key]) != has[key]]
-        require(not differ, f"{runs[0][1]} and {name} do not compare: they differ in {differ}")
+        require(not differ, f"{runs[0][1]} and {run} do not compare: they differ in {differ}")
         missing = has["eval_prompts"] - len(new)
-        require(not missing, f"{name} has {len(new)} answers, {missing} fewer than prompts")
-        says = f"{name} answers a fold again: the other policy goes behind --against"
+        require(not missing, f"{run} has {len(new)} answers, {missing} fewer than prompts")
+        says = f"{run} answers a fold again: the other policy goes behind --against"
         require(side.keys().isdisjoint(new), says)
         side.update(new)
     says = f"not the same prompts are answered: {len(ours)} and {len(theirs)}, or other folds"
@@ -1103,17 +1083,17 @@ def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dic
 
 
 def make_pairs(ours: dict[str, dict], theirs: dict[str, dict]) -> list[dict]:
-    """What a judge sees, {"id", "prompt", "A", "B"}, with "fold", whose "runs" they are, and "ours",
-    which of A and B is ours. The id, and which text is A, follow from the prompt and the two texts
-    alone: swapping the sides, or cutting the folds into several runs, changes neither."""
+    """What a judge sees, {"id", "prompt", "A", "B"}, with "fold", whose "runs" they are, and which
+    of A and B is "ours". The id, and which text is A, follow from the prompt and both texts alone:
+    swapping the sides, or cutting the folds into several runs, changes neither."""
     pairs = []
     for prompt, line in ours.items():
         mine, other = line["completions"][0], theirs[prompt]["completions"][0]
         digest = sha256(json.dumps([prompt, *sorted([mine, other])]))
         a, b = sorted([mine, other], reverse=int(digest[-1], 16) % 2 == 0)
         pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b, "fold": line["fold"]}
-        runs = [line["run"], theirs[prompt]["run"]][:: 1 if a == mine else -1]
-        pairs.append(pair | {"runs": dict(zip("AB", runs)), "ours": "A" if a == mine else "B"})
+        us, them = "AB" if a == mine else "BA"
+        pairs.append(pair | {"runs": {us: line["run"], them: theirs[prompt]["run"]}, "ours": us})
     return pairs
 
 
@@ -1122,9 +1102,8 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     for a pair that it has no positions for. Raises UserError if it does not answer with A or B."""
     name, (model, tokenizer) = args.judge_model, load_policy(args.judge_model)
     seq2seq, limit = model.config.is_encoder_decoder, position_limit(model.config)
-    limits = {"max_prompt_length": sys.maxsize, "max_completion_length": sys.maxsize}
     frame = text_frame(tokenizer, seq2seq)
-    encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
+    encoding = lambda *texts: encode(*texts, tokenizer, frame, sys.maxsize, sys.maxsize)
     letters = ("A", "B") if tokenizer.chat_template and not seq2seq else (" A", " B")
     shown = [x for pair in pairs for x in (pair, pair | {"A": pair["B"], "B": pair["A"]})]
     rows = [(JUDGE_PROMPT.format_map(x), letter) for x in shown for letter in letters]
@@ -1135,7 +1114,7 @@ def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
     side.y = [ids[: first + 1] for ids in side.y]
     fits = (side.widths.max(1) <= limit).reshape(-1, 4).all(1)
     require(fits.any(), f"{name} cannot judge: all pairs are longer than its {limit} positions")
-    run = Run(args, model.to(DEVICE).eval(), tokenizer)
+    run = Run(args, model.to(DEVICE), tokenizer)
     logps = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2).numpy()
     mass = np.exp(logps).sum() / (2 * len(logps))
     say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
@@ -1171,23 +1150,27 @@ def win_rates(pairs: list[dict], verdicts: np.ndarray) -> dict:
 def compare(args: Namespace) -> None:
     """Judge one policy's answers against another's, or against its own start."""
     ours, theirs, protocol = load_answers(args)
-    pairs, folder, verdicts = make_pairs(ours, theirs), Path(args.output_dir), None
+    pairs, folder = make_pairs(ours, theirs), Path(args.output_dir)
     blind = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
-    if holds := {path.name for path in folder.glob("[!.]*")}:
-        same = holds - {"key.jsonl", "win_rates.json"} == {"pairs.jsonl"}
-        same = same and [line for _, line in read_file(f"{folder}/pairs.jsonl")] == blind
-        require(same, f"--output_dir {folder} holds something else than this comparison")
+    holds = {path.name for path in folder.glob("[!.]*")} - {"key.jsonl", "win_rates.json"}
+    old = [x for _, x in read_file(f"{folder}/pairs.jsonl")] if "pairs.jsonl" in holds else blind
+    says = f"--output_dir {folder} holds something else than this comparison"
+    require(holds <= {"pairs.jsonl"} and old == blind, says)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "pairs.jsonl", *blind)
+    write_json(folder / "key.jsonl", *({"id": pair["id"]} | pair["runs"] for pair in pairs))
+    ended = [np.mean([line["finished"][0] for line in side.values()]) for side in (ours, theirs)]
+    say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
     if args.judge_model:
         verdicts = judge_by_model(args, pairs)
     elif args.verdicts:
         file, given = args.verdicts, {pair["id"]: [] for pair in pairs}
         points = {"A": 1.0, "B": 0.0, "tie": 0.5}
         with loading(file, "--verdicts needs a file of JSON Lines"):
-            for number, line in read_file(file):
-                right = isinstance(line.get("id"), str) and line.get("winner") in list(points)
+            for number, x in read_file(file):
                 says = f'{file}, line {number} needs an "id", a text, and a "winner": A, B or tie'
-                require(right, says)
-                given.setdefault(line["id"], []).append(points[line["winner"]])
+                require(isinstance(x.get("id"), str) and x.get("winner") in list(points), says)
+                given.setdefault(x["id"], []).append(points[x["winner"]])
         verdicts = np.array([np.mean(given[pair["id"]] or math.nan) for pair in pairs])
         missing = sum(pair["A"] != pair["B"] and not given[pair["id"]] for pair in pairs)
         unknown = len(given) - len(pairs)
@@ -1195,15 +1178,10 @@ def compare(args: Namespace) -> None:
     elif protocol["dataset_name"] == "dice":  # by the true reward; any roll beats no roll
         A, B = (np.array([all_rolls(p["prompt"]).get(p[x], -1) for p in pairs]) for x in "AB")
         verdicts = (np.sign(A - B) + 1) / 2
-    result = None if verdicts is None else win_rates(pairs, verdicts)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "pairs.jsonl", *blind)
-    write_json(folder / "key.jsonl", *({"id": pair["id"]} | pair["runs"] for pair in pairs))
-    ended = [np.mean([line["finished"][0] for line in side.values()]) for side in (ours, theirs)]
-    say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
-    if result is None:
+    else:
         says = f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl (key.jsonl: whose they are);"
         return say(says + ' then --verdicts FILE, lines of {"id": …, "winner": "A", "B" or "tie"}')
+    result = win_rates(pairs, verdicts)
     sides = {"compare": args.compare, "against": args.against or ["its start"]}
     write_json(folder / "win_rates.json", sides | result, indent=2)
     for fold, x in result["folds"].items():
@@ -1220,7 +1198,8 @@ def compare(args: Namespace) -> None:
 
 
 class UserError(ValueError):
-    """Something the user can put right; ends the program with this one line and exit code 2."""
+    """Something the user can put right; ends the program with this one line and exit code 2. (A
+    ValueError: where a file is read, it gets the line's number.)"""
 
 
 class RunError(Exception):
@@ -1234,10 +1213,10 @@ stop_signals: list[int] = []  # Ctrl-C and SIGTERM arrive here
 def request_stop(signum: int, frame: object) -> None:
     """A signal handler: the first signal is noted, a second one ends the program at once."""
     stop_signals.append(signum)
-    if RANK == 0:  # print() may be what was interrupted
-        os.write(2, b"\nstopping at the next log line; a second signal stops at once\n")
     if len(stop_signals) > 1:
         raise KeyboardInterrupt
+    if RANK == 0:  # print() may be what was interrupted
+        os.write(2, b"\nstopping at the next log line; a second signal stops at once\n")
 
 
 def require(ok: object, message: str) -> None:
@@ -1248,11 +1227,13 @@ def require(ok: object, message: str) -> None:
 
 @contextmanager
 def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
-    """Makes a UserError with a hint of what goes wrong while something is loaded."""
+    """What goes wrong within, a UserError excepted unless `always`, becomes a UserError that names
+    `source` and ends with `hint`; not so if memory runs out."""
     try:
         yield
     except Exception as error:  # missing, damaged, unreachable: as many types as causes
-        if isinstance(error, UserError) and not always:
+        as_it_is = isinstance(error, UserError) and not always
+        if as_it_is or isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise
         raise UserError(f"cannot load {source} ({str(error)[:200]}): {hint}") from error
 
@@ -1262,9 +1243,9 @@ def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
 # log, a score or an answer belongs to all. Alone, a process does nothing here.
 
 SEVERAL = os.environ.get("WORLD_SIZE", "") not in ("", "1")
-LAUNCH = {x: os.environ.get(x, "") if SEVERAL else "" for x in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-alone = zip(LAUNCH.values(), (1, 0, 0))
-WORLD_SIZE, RANK, LOCAL_RANK = (int(x) if x.isdecimal() else number for x, number in alone)
+ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+LAUNCH = {name: os.environ.get(name, "") for name in ALONE} if SEVERAL else ALONE
+WORLD_SIZE, RANK, LOCAL_RANK = (int(x) if x.isdecimal() else 0 for x in LAUNCH.values())
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 # The first process prints: a line, or, where it has a terminal, a bar, which a line does not tear.
 say = tqdm.write if RANK == 0 else lambda message: None
@@ -1302,6 +1283,8 @@ def on_first(work: Callable[[], Any]) -> None:
         work() if RANK == 0 else None
     except Exception as caught:  # noqa: BLE001 whatever it is, all raise it
         error = caught
+        if type(caught) in (RuntimeError, Exception):  # torch's and tokenizers' of a full disk
+            error = OSError(str(caught))
     if error := gather(error)[0]:
         raise error
 
@@ -1309,7 +1292,6 @@ def on_first(work: Callable[[], Any]) -> None:
 def write(path: Path, content: Callable[[Path], Any]) -> None:
     """`content` writes a file or folder under another name; it becomes `path` once it is whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left a folder
     content(temporary)
     os.replace(temporary, path)
 
@@ -1332,10 +1314,11 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-# A run on disk, in the order of writing: args.json, the manifest, π_ref's numbers, the first answers,
-# checkpoints, the last answers, results.json; each whole or not there. --resume takes the arguments
-# and π_ref's numbers from the run, networks, optimiser and log from its newest checkpoint (without one
-# it begins at step 0), and a step's rows from the step's number.
+# A run on disk, in the order of writing: args.json, the manifest, π_ref's numbers, first answers,
+# checkpoints, last answers, the policy, results.json; each whole or not there, but for the policy,
+# which counts once results.json is there. --resume takes the arguments and π_ref's numbers from the
+# run, networks, optimiser and log from its newest checkpoint (without one it begins at step 0), and
+# a step's rows from the step's number.
 
 
 def save_networks(run: Run, folder: Path) -> None:
@@ -1354,10 +1337,7 @@ def save_checkpoint(run: Run) -> None:
     def content(checkpoint: Path) -> None:
         save_networks(run, checkpoint)
         shutil.copy(folder / "metrics.jsonl", checkpoint)
-        try:
-            torch.save(run.optimizer.state_dict(), checkpoint / "optimizer.pt")
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"cannot write {checkpoint}: {error}") from error
+        torch.save(run.optimizer.state_dict(), checkpoint / "optimizer.pt")
 
     write(folder / f"checkpoint-{run.step}", content)
     for old in list(checkpoints(folder).values())[:-keep]:
@@ -1369,12 +1349,12 @@ def save_checkpoint(run: Run) -> None:
 MODEL, DATASET = "google/flan-t5-large", "openbmb/UltraFeedback"
 PINNED = {MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a"}
 PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # overall_scores of 10 corrected
-# What --dice changes: a run of SFT in RUN/sft, then a run from it. The value learns ten times faster
-# than the policy: else the policy chases a wrong V, and mass leaks to what is no roll.
+# What --dice changes: SFT in RUN/sft, then a run from it. The value learns ten times faster than
+# the policy: else the policy chases a wrong V, and mass leaks to what is no roll.
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "sft", "num_eval_prompts": 40, "max_steps": 300,
-    "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear", "bf16": False,
-    "warmup_steps": 0, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
+    "bf16": False, "warmup_steps": 0, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
     "logging_steps": 50, "save_steps": 300, "max_new_tokens": 8,
 }  # fmt: skip
 DICE_SFT = {
@@ -1428,7 +1408,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
     add("--model_revision", None, "hub commit (default: pinned for the default model)")
     add("--share_policy_and_value_backbone", False, "V reads the policy's own states; paper: worse", **switch)
     add("--gradient_checkpointing", False, "recompute activations: slower, less memory", **switch)
-    add("--bf16", None, "bfloat16 autocast, weights stay float32 (default: where CUDA has it)", action=argparse.BooleanOptionalAction)
+    add("--bf16", torch.cuda.is_bf16_supported(including_emulation=False), "bfloat16 autocast where CUDA has it, weights stay float32", action=argparse.BooleanOptionalAction)
     group = parser.add_argument_group("training")
     add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
     add("--value", "prompt", "V(x); one learnt number; the batch's mean: DRO-P", choices=("prompt", "constant", "batch"))
@@ -1481,10 +1461,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
     if args.compare:
         sides = (args.compare, args.against or ["start"])
-        name = "compare-" + "-vs-".join("+".join(Path(run).name for run in side) for side in sides)
+        name = "-vs-".join("+".join(Path(run).name for run in side) for side in sides)
+        name = f"compare-{name[:99]}"  # a file's name may have 255 bytes
     args.output_dir = args.output_dir or os.path.join("runs", name)
-    if args.bf16 is None:
-        args.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if args.overfit_one_batch:
         args.max_steps = args.save_steps = args.overfit_steps
         args.warmup_steps, args.logging_steps = 0, 1
@@ -1519,8 +1498,10 @@ def resumed_args(given: dict[str, Any], defaults: dict[str, Any]) -> Namespace:
                 say(f"going on with {change}")
                 setattr(args, name, value)
     B, others = args.train_batch_size, args.gradient_accumulation_steps * WORLD_SIZE
-    cure = f"{WORLD_SIZE} processes share it: give --per_device_train_batch_size {B / others:g}"
-    require(args.per_device_train_batch_size * others == B, f"a step has {B} rows, {cure}")
+    cure = f"give --per_device_train_batch_size {B // others}"
+    cure = "take another number of them" if B % others else cure
+    says = f"a step has {B} rows, {WORLD_SIZE} processes share it: {cure}"
+    require(args.per_device_train_batch_size * others == B, says)
     args.resume = args.output_dir = folder
     return args
 
@@ -1535,11 +1516,11 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     if args.resume:
         with loading(folder, "a run that is alive works there"):
             on_first(lambda: locks.enter_context(lock))
-    holds = gather({path.name for path in folder.glob("*")} - {".lock"})[0]
+    holds = gather({path.name for path in folder.glob("*")} - {".lock", ".args.json.tmp"})[0]
     says = f"--output_dir {folder} is not empty: give another one, or --resume it"
     require(args.resume or not holds, says)
     found, saved = checkpoints(folder), {}
-    if found or args.resume and (folder / kept).exists():
+    if found or (folder / kept).exists():
         with loading(folder / kept, "put it back, or start again elsewhere"):
             saved = load_json(folder, kept)
             require("frame" in saved, f"{folder / kept} is no manifest: start again elsewhere")
@@ -1547,7 +1528,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     cure = f"remove it, and --resume goes on from {before.name if before else 'the beginning'}"
     sft_first = args.dice and args.model_name_or_path == "sft" and not newest
     source = str(newest or ("dice" if sft_first else args.model_name_or_path))
-    with loading(newest, cure, always=bool(newest)):
+    with loading(source, cure if newest else "is it a language model?", always=bool(newest)):
         policy, tokenizer = load_policy(source, args.model_revision, args.seed)
     recomputes = policy.supports_gradient_checkpointing or not args.gradient_checkpointing
     require(recomputes, f"{source} does not support --gradient_checkpointing")
@@ -1556,7 +1537,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
     encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
     sides, fold_of, manifest = load_sides(args, encoding, "right" if seq2seq else "left")
-    manifest = json.loads(json.dumps(manifest | {"frame": frame}))
+    manifest["frame"] = frame
     changed = [name for name in saved if saved[name] != manifest.get(name)]
     require(not changed, f"the data have changed since this run began: {', '.join(changed)}")
     lengths = np.concatenate([side.lengths for side in sides.values()])
@@ -1606,7 +1587,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
     if newest:
         run.step = max(found)
-        with loading(newest, cure, always=True):
+        with loading(newest, cure):
             # The log is to be as it was then.
             on_first(lambda: shutil.copy(newest / "metrics.jsonl", folder))
             if run.value_model:
@@ -1660,7 +1641,7 @@ def reproduce(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The whole program; `argv` as on the command line. Exits with 2 on what the user can put right,
+    """The whole program; `argv` as on the command line. Exits with 2 on what a user can put right,
     1 on what the machine or the numbers did wrong, 128 + signal when stopped; with one line, which
     says how to go on. A traceback is a fault of this program."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that knows no π shows a question mark
@@ -1668,11 +1649,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if not sys.stderr.isatty():
+    transformers.logging.disable_progress_bar()  # and the hub's with it
+    if sys.stderr.isatty():
+        huggingface_hub.utils.enable_progress_bars()  # a first download takes long
+    else:
         datasets.disable_progress_bars()
-    # On a CPU with glibc let tensors reuse what others freed: by default blocks of over 32 MB go back
-    # to the system, which hands them out again page by page and cleared.
+    # On a CPU with glibc let tensors reuse what others freed: by default blocks of over 32 MB go
+    # back to the system, which hands them out again page by page and cleared.
     with suppress(AttributeError, TypeError, OSError):  # elsewhere there is no such thing
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
@@ -1685,7 +1668,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             meet_processes()
             args = parse_args(argv)
             args.output_dir = gather(args.output_dir)[0]  # a name may hold the time
-            # Left to itself, torch takes one attention kernel for π_ref and another, with gradients,
+            # Left to itself, torch takes one attention kernel for π_ref and another, with a graph,
             # for π: in bfloat16 they round differently, and log π/π_ref would show it.
             torch.backends.cuda.enable_flash_sdp(not args.bf16)
             torch.backends.cuda.enable_cudnn_sdp(not args.bf16)
@@ -1706,9 +1689,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         code, says = 1, str(error) or "out of memory"
-    folder = Path(args.output_dir) if args else None
-    left = folder and os.path.exists(folder / "args.json")  # a run, and not a finished one
-    if code not in (0, 2) and left and not os.path.exists(folder / "results.json"):
+    begun = args and os.path.exists(f"{args.output_dir}/args.json")  # a run, and not a finished one
+    if code not in (0, 2) and begun and not os.path.exists(f"{args.output_dir}/results.json"):
         says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
     if code and (RANK == 0 or code == 1 or not dist.is_initialized()):  # what all find, one says
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)

@@ -3,7 +3,7 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for these models the fastest; subprocesses inherit it
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # subprocesses inherit them
 
 import contextlib
 import io
@@ -45,13 +45,11 @@ SMALL = {  # for every family, by its own names; with dropout, which drov.py swi
 FLAGS = """--dataset_name rows.jsonl --num_eval_prompts 4 --per_device_train_batch_size 8 --max_steps 4
     --learning_rate 1e-3 --warmup_steps 2 --logging_steps 2 --save_steps 2 --max_new_tokens 8
     --max_grad_norm 1 --model_name_or_path"""
-INST = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
-{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"""
-CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content | trim }}<|im_end|>
-{% endfor %}"""
+INST = "<s>[INST] {{ messages[0].content }} [/INST]{{ messages[1].content }}</s>"
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 # fmt: on
 save = lambda folder, *parts: [part.save_pretrained(folder) for part in parts]
+args_of = lambda flags: drov.parse_args(flags.split())
 main = lambda flags: drov.main(flags.split())
 flags = lambda more="", kind="t5", out="run": f"{FLAGS} {kind} --output_dir {out} {more}"
 run = lambda more="", kind="t5", out="run": main(flags(more, kind, out))
@@ -88,22 +86,16 @@ def tokenizer_of(kind):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, **names)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """As a user has it: a T5, a Llama with a chat template, answers rated by their length."""
-    folder, rng = tmp_path_factory.mktemp("folder"), np.random.default_rng(0)
-    save(folder / "t5", model_of("t5"), tokenizer_of("bytes"))
-    save(folder / "llama", model_of("llama"), tokenizer_of("chatml"))
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Where a user is: a T5, a Llama with a chat template, answers rated by their length."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    save("t5", model_of("t5"), tokenizer_of("bytes"))
+    save("llama", model_of("llama"), tokenizer_of("chatml"))
     texts = ["".join(rng.choice(list("abc de"), rng.integers(2, 12))) + "." for _ in range(60)]
     rows = zip([f"say {i % 30}" for i in range(60)], texts, map(len, texts))
-    write_lines(folder / "rows.jsonl", [dict(zip(COLUMNS, row)) for row in rows])
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def here(folder, tmp_path, monkeypatch):
-    """Each test works in a copy of it."""
-    monkeypatch.chdir(shutil.copytree(folder, tmp_path, dirs_exist_ok=True))
+    write_lines("rows.jsonl", [dict(zip(COLUMNS, row)) for row in rows])
 
 
 def fails(flags, code=2, main=drov.main):
@@ -115,24 +107,26 @@ def fails(flags, code=2, main=drov.main):
     return says
 
 
+def begin(more="", kind="t5"):
+    """A run before its first step."""
+    with contextlib.ExitStack() as locks:
+        return drov.start(args_of(flags(more, kind)), locks)
+
+
 # --------------------------------------------------------------------------------------- losses
 @each("tau", [0.1, 1.0, 5.0])
-def test_gradients_are_eq_7_and_eq_8_over_tau_the_batch_mean_makes_dro_p_and_kto_is_as_defined(tau):
+def test_gradients_are_eq_7_and_eq_8_over_tau_and_kto_is_as_defined(tau):
     torch.manual_seed(0)
     logps, ref_logps, values, r = torch.randn(4, 6, dtype=torch.float64)
     inputs = logps.requires_grad_(), values.requires_grad_()
-    gradients = partial(torch.autograd.grad, inputs=inputs, retain_graph=True, allow_unused=True)
     *losses, residual = drov.dro_v_loss(logps, ref_logps, values, r, tau)
+    gradients = partial(torch.autograd.grad, inputs=inputs, allow_unused=True)
     (policy, none), (no_other, value) = (gradients(loss.mean()) for loss in losses)
     ratio, v = (logps - ref_logps).detach(), values.detach()
     eq_7 = v - r + tau * ratio  # ∇V = 1
     eq_8 = -tau * ((r - v) - tau / 2 * 2 * ratio)  # ∇log π = 1, ∇(log π/π_ref)² = 2 log π/π_ref
-    u = r - tau * (logps - ref_logps)
-    assert none is no_other is None and torch.allclose(residual, u - values, rtol=1e-12)
-    close((policy, value), (eq_8 / tau / 6, eq_7 / 6), rtol=1e-12, atol=1e-12)
-    dro_p, _ = gradients(0.5 * u.var(correction=0))
-    loss, _, _ = drov.dro_v_loss(logps, ref_logps, u.mean().detach().expand(6), r, tau)
-    close(gradients(loss.mean())[0], dro_p / tau)
+    assert none is no_other is None
+    close((policy, value, residual), (eq_8 / tau / 6, eq_7 / 6, -eq_7), rtol=1e-12, atol=1e-12)
     margins = [(x - 0.3) * (1 if y > 0 else -1) for x, y in zip(ratio.tolist(), r)]
     kto = drov.kto_loss(ratio, torch.zeros(6), r > 0, torch.tensor(0.3), tau)
     assert kto.tolist() == approx([1 - 1 / (1 + np.exp(-tau * x)) for x in margins])
@@ -194,11 +188,9 @@ def test_texts_stand_in_the_models_frame_end_once_and_spell_no_special_token(kin
     (x,), (y,) = drov.encode(["say abc"], ["abc"], tokenizer, frame, 99, 99)
     assert [tokenizer.decode(ids) for ids in (x, y)] == [prompt, answer]
     (before, behind), body = frame["prompt"], tokenizer.encode(long, add_special_tokens=False)
-    taken = len(before + behind)
-    (x,), (y,) = drov.encode([long], [long], tokenizer, frame, taken + 3, 5, counts)
+    room = len(before + behind) + 3
+    (x,), (y,) = drov.encode([long], [long], tokenizer, frame, room, 5, counts)
     assert x == [*before, *body[-3:], *behind] and y == body[:5]  # its beginning, and no end
-    with pytest.raises(drov.UserError, match="max_prompt_length"):
-        drov.encode(["a"], ["a"], tokenizer, frame, taken, 5)
     spelt = "<s>a</s><pad><|im_end|>"
     _, ((*body, end),) = drov.encode(["abc"], [f"{spelt}＜/s＞"], tokenizer, frame, 99, 99, counts)
     special = set(drov.special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
@@ -223,10 +215,9 @@ def test_texts_and_rewards_are_read_as_they_stand(tmp_path, name, monkeypatch):
         file.write_text(json.dumps(rows) if file.suffix == ".json" else f"\ufeff{lines}")
     else:
         (table.to_csv if file.suffix == ".csv" else table.to_parquet)(file)
-    triplets, there = drov.parse_args(["--dataset_name", f"~/{name}"]), set(tmp_path.iterdir())
-    triplets = drov.load_triplets(triplets)
+    triplets = drov.load_triplets(args_of(f"--dataset_name ~/{name}"))
     assert triplets["completion"][:] == TRICKY and triplets["reward"][:] == table["reward"][:]
-    assert triplets["prompt"][0] == "p0" and set(tmp_path.iterdir()) == there
+    assert triplets["prompt"][0] == "p0"
 
 
 def test_unusable_rows_are_counted_by_cause_and_messages_and_ultrafeedback_understood():
@@ -245,11 +236,10 @@ def test_unusable_rows_are_counted_by_cause_and_messages_and_ultrafeedback_under
     }
     chat = {"prompt": turn("user", "p"), "completion": turn("assistant", "c"), "reward": "true"}
     write_lines("a.jsonl", [chat, *causes.values()])
-    args = lambda *more: drov.parse_args(["--dataset_name", "a.jsonl", *more])
-    load = lambda counts, *more: drov.load_triplets(args(*more), counts)
-    assert load(dropped).to_list() == [plain, {"prompt": "u", "completion": "x", "reward": 7.5}]
+    load = lambda more="": drov.load_triplets(args_of(f"--dataset_name a.jsonl {more}"), dropped)
+    assert load().to_list() == [plain, {"prompt": "u", "completion": "x", "reward": 7.5}]
     assert dropped == dict.fromkeys(causes, 1)
-    assert load(None, "--reward_key", "honesty")["reward"][1] == 4.0
+    assert load("--reward_key honesty")["reward"][1] == 4.0
 
 
 FOLDS = {"seed": 1, "num_eval_prompts": 3, "num_eval_folds": 3, "eval_prompts_per_fold": 4}
@@ -277,16 +267,14 @@ def test_statistics_are_the_training_sides_and_limits_keep_whole_prompts_by_hash
     write_lines("rows.jsonl", [dict(zip(COLUMNS, row)) for row in rows])
     more = FOLDS | {"split_mode": "prompt_fold", "eval_fold_index": "all"}
     more |= {"max_train_samples": 9, "max_eval_samples": 15}
-    args = drov.parse_args(flags(" ".join(f"--{name} {x}" for name, x in more.items())).split())
-    tokenizer = tokenizer_of("bytes")
-    encoding = partial(drov.encode, tokenizer=tokenizer, frame=drov.text_frame(tokenizer, True))
-    encoding = partial(encoding, max_prompt_length=9, max_completion_length=9)
-    sides, fold_of, manifest = drov.load_sides(args, encoding, "right")
-    trained = np.array([rewards[prompt] for prompt in sides["train"].prompts])
+    state = begin(" ".join(f"--{name} {x}" for name, x in more.items()))
+    train, manifest = state.sides["train"], state.manifest
+    trained = np.array([rewards[prompt] for prompt in train.prompts])
     mean, std = manifest["reward_mean"], manifest["reward_std"]
     assert (mean, std) == (trained.mean(), trained.std()) and 0 < mean < 1
-    assert sides["train"].rewards.tolist() == approx((trained - mean) / std)
-    assert sides["eval"].rewards.min() > 1e5 and Counter(fold_of.values()) == {0: 2, 1: 2, 2: 2}
+    assert train.rewards.tolist() == approx((trained - mean) / std)
+    assert state.sides["eval"].rewards.min() > 1e5
+    assert Counter(state.fold_of.values()) == {0: 2, 1: 2, 2: 2}
     assert [manifest[name] for name in ("train_rows", "train_prompts", "eval_rows")] == [8, 4, 12]
     assert [len(fold) for fold in manifest["held_out"].values()] == [4, 4, 4]
 
@@ -304,52 +292,50 @@ def test_batches_are_one_endless_stream_and_pieces_lose_no_row():
 
 # ------------------------------------------------------------------------------------- the loop
 @each("kind", ["t5", "llama"])
-@each("loss", ["", "--value batch", "--value constant", "--loss kto", "--loss sft"])
-def test_a_cut_batch_has_the_gradient_of_the_whole_after_out_of_memory_too(capsys, loss, kind):
-    gradients, full = [], [50]
+@each("loss", ["--value prompt", "--value constant", "--value batch", "--loss kto", "--loss sft"])
+def test_a_step_has_its_losss_gradient_whole_or_cut_and_after_out_of_memory(capsys, loss, kind):
+    more = "--tau 0.5 --learning_rate 0 --value_learning_rate 0 --overfit_one_batch"
+    state, found, full = begin(f"{more} --overfit_steps 3 {loss}", kind), [], [50]
+    groups = [group["params"] for group in state.optimizer.param_groups]
+    gradient = lambda: torch.cat([p.grad.flatten() for group in groups for p in group])
 
-    def record(optimizer, *_):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    def record(*_):  # the same batch in each step: whole, row by row, and until memory runs out
+        found.append(gradient())
+        state.args.micro_batch_tokens = (1, 100, 100)[len(found) - 1]
 
-    def fill(module, _):  # once, when a piece has left its gradient
-        if isinstance(module, torch.nn.Embedding) and module.weight.grad is not None and full:
+    def fill(module, _):  # once, when a piece of the third step has left its gradient
+        if len(found) == 2 and full and getattr(module, "sparse", 0) and module.weight.grad.any():
             torch.empty(2 ** full.pop())  # a true error of the allocator
 
-    more = f"{loss} --max_steps 1 --warmup_steps 0 --num_eval_prompts 1 --micro_batch_tokens"
-    with before_steps(record):
-        run(f"{more} 100000", kind, "whole"), run(f"{more} 1", kind, "cut")
-        with hooks.register_module_forward_pre_hook(fill):
-            run(f"{more} 250", kind, "little")
+    drov.fix_reference(state)
+    for parameter in [p for group in groups for p in group]:  # away from π_ref and from V = 0
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    side, other = state.sides["train"], state.sides.get("mismatched")
+    if other:
+        other.ref_logps -= 2  # a KL above 0
+    with before_steps(record), hooks.register_module_forward_pre_hook(fill):
+        drov.train(state)
     assert "out of memory: going on with --micro_batch_tokens" in capsys.readouterr().out
-    whole, *others = gradients
-    assert whole.abs().max() > 1e-2
-    close(others, [whole, whole], rtol=1e-3, atol=1e-5)
-
-
-@each("kind", ["t5", "llama"])
-def test_a_steps_passes_add_up_to_the_gradient_of_both_losses_at_one_policy_and_value(kind):
-    args = flags("--tau 0.5 --max_steps 1 --micro_batch_tokens 60", kind).split()
-    with contextlib.ExitStack() as locks:
-        state = drov.start(drov.parse_args(args), locks)
-        drov.fix_reference(state)
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:  # away from π_ref and from V = 0
-            parameter.data += 0.05 * torch.randn_like(parameter)
-        side = state.sides["train"]
-        rows = drov.step_rows(1, len(side.x), 8, 42)
-        drov.in_pieces(state, side, rows, *drov.step_passes(state, 8, 0.0, 0.0))
-        ours = [parameter.grad.clone() for parameter in parameters]
-        state.optimizer.zero_grad()
-        for module in (*state.policy.modules(), *state.value_model.modules()):
-            module.sparse = False
-        batch = side.batch(rows)
+    rows = drov.step_rows(1, state.manifest["train_rows"], 8, 42)
+    batch, r = side.batch(rows), side.rewards[rows]
+    logps = drov.sequence_logps(state.policy, batch)
+    ref_logps = None if loss == "--loss sft" else side.ref_logps[rows]
+    if loss == "--loss sft":
+        losses = -8 * logps / (batch["labels"] != -100).sum()
+    elif loss == "--loss kto":
+        kl = (drov.score(state, other, rows)[0] - other.ref_logps[rows]).mean()
+        assert kl > 0
+        losses = drov.kto_loss(logps, ref_logps, r > r.mean(), kl, 0.5)
+    elif loss == "--value batch":  # DRO-P: ½ Var(r − τ log π/π_ref) / τ
+        losses = (r - 0.5 * (logps - ref_logps)).var(correction=0)
+    else:
         values = state.value_model(batch["input_ids"], batch["attention_mask"])
-        numbers = drov.sequence_logps(state.policy, batch), batch["ref_logps"], values
-        policy_loss, value_loss, residual = drov.dro_v_loss(*numbers, batch["rewards"], 0.5)
-        (policy_loss + value_loss).mean().backward()
-    assert values.abs().min() > 1e-3 and residual.abs().min() > 1e-3
-    close(ours, [parameter.grad for parameter in parameters], rtol=1e-3, atol=1e-4)
+        losses = sum(drov.dro_v_loss(logps, ref_logps, values, r, 0.5)[:2])
+    losses.mean().backward()
+    for group in groups:  # each network is clipped by itself
+        torch.nn.utils.clip_grad_norm_(group, 1)
+    assert gradient().abs().max() > 1e-3
+    close(found, [gradient()] * 3, rtol=1e-3, atol=1e-5)
 
 
 def test_one_batch_is_overfitted_a_hundredfold():
@@ -360,7 +346,7 @@ def test_one_batch_is_overfitted_a_hundredfold():
 
 
 def metrics(folder):
-    clock = {"step_seconds", "tokens_per_second", "reference_seconds"}
+    clock = {"step_seconds", "tokens_per_second", "reference_seconds", "padding"}
     return [{k: x[k] for k in x.keys() - clock} for x in read_lines(f"{folder}/metrics.jsonl")]
 
 
@@ -391,24 +377,19 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_bit_and_what_stands_in_the_way_
         says = fails("--resume cut")
         assert "checkpoint-30" in says and "goes on from checkpoint-28" in says
     shutil.rmtree("cut/checkpoint-30")
-    shutil.copy("rows.jsonl", "same.jsonl")
+    Path("cut/reference_logps.safetensors").unlink()
+    assert "π_ref with it" in fails("--resume cut")
     write_lines("rows.jsonl", read_lines("rows.jsonl")[::-1])
     assert "the data have changed" in fails("--resume cut")
-    shutil.copy("same.jsonl", "rows.jsonl")
-    for file in ("prompt_split_manifest.json", "reference_logps.safetensors"):
-        shutil.move(f"cut/{file}", "kept")
-        assert "again" in fails("--resume cut")
-        shutil.move("kept", f"cut/{file}")
+    Path("cut/prompt_split_manifest.json").unlink()
+    assert "put it back" in fails("--resume cut")
     with filelock.FileLock("cut/.lock"):
         assert "alive" in fails("--resume cut")
-    main("--resume cut")
 
 
 def test_what_is_not_finite_and_what_is_random_ends_the_run_and_is_not_saved():
     says = fails(flags("--optim adamw --learning_rate 1e37 --max_steps 10"), code=1)
-    assert "not finite by step" in says
-    for checkpoint in drov.checkpoints(Path("run")).values():
-        assert all(x.isfinite().all() for x in load_file(checkpoint / "model.safetensors").values())
+    assert "not finite by step 2" in says and not list(Path("run").glob("checkpoint-*"))
     random = lambda out: out + torch.randn_like(out)
     noise = lambda module, _, out: random(out) if "MLP" in type(module).__name__ else None
     with hooks.register_module_forward_hook(noise):
@@ -418,22 +399,21 @@ def test_what_is_not_finite_and_what_is_random_ends_the_run_and_is_not_saved():
 @each(("more", "ends"), [
     ("", (5e-4, 1e-3)), ("--lr_scheduler_type linear --warmup_steps 0 --optim adamw", (8e-4, 2e-4)),
 ])  # fmt: skip
-def test_rates_follow_their_flags_and_bf16_starts_at_the_reference(capsys, more, ends):
+def test_rates_follow_their_flags_with_a_shared_backbone_in_bf16(more, ends):
     more += " --share_policy_and_value_backbone --gradient_checkpointing --bf16 --logging_steps 1"
     run(f"{more} --value_learning_rate 2e-3", "llama")
     lines = [line for line in metrics("run") if "lr" in line]
     assert [lines[0]["lr"], lines[-1]["lr"]] == approx(ends)
     assert [x["value_lr"] for x in lines] == approx([2 * x["lr"] for x in lines])
-    assert "value_grad_norm" not in lines[0]  # a shared backbone is clipped as one
-    off = capsys.readouterr().out.split("log π/π_ref is ")[1].split()[0]
-    assert 0 <= float(off) < 0.1
+    policy, value = (load_file(f"run/{x}model.safetensors") for x in ("", "value_model/"))
+    assert policy["model.norm.weight"].equal(value["body.norm.weight"])  # one backbone for both
 
 
 @each("kind", ["t5", "llama"])
 def test_answers_depend_on_prompt_and_seed_alone_and_a_run_leaves_what_it_should(kind):
-    model, tokenizer = drov.load_policy(kind)
-    model.generation_config.update(num_beams=3, repetition_penalty=9.0, do_sample=True)
-    save("own", model, tokenizer)
+    own = drov.load_policy(kind)
+    own[0].generation_config.update(num_beams=3, repetition_penalty=9.0, do_sample=True)
+    save("own", *own)
     more = "--split_mode prompt_fold --num_eval_folds 2 --eval_prompts_per_fold 3"
     more += " --eval_fold_index all --max_steps"
     run(f"{more} 2", kind, "a")
@@ -442,13 +422,21 @@ def test_answers_depend_on_prompt_and_seed_alone_and_a_run_leaves_what_it_should
     ours, same, cold = (read_lines(f"{out}/generations-0.jsonl") for out in "abc")
     assert ours == same != cold
     assert [line["fold"] for line in read_lines("a/generations-2.jsonl")] == [0, 0, 0, 1, 1, 1]
-    loaded, tokenizer = drov.load_policy("b")
-    assert loaded.generation_config.repetition_penalty == 9.0
-    answer = loaded.generate(**tokenizer("say", return_tensors="pt"), max_new_tokens=3)
-    assert isinstance(tokenizer.decode(answer[0]), str)
-    results, (_, zero, *_) = read_json("a/results.json"), metrics("a")
-    assert 0 <= results["eval_pair_accuracy"] <= 1 and 0 <= results["finished"] <= 1
-    assert (zero["eval_log_ratio_mean"], zero["eval_pair_accuracy"]) == approx((0, 0.5), abs=1e-5)
+    assert drov.load_policy("b")[0].generation_config.repetition_penalty == 9.0
+
+
+def test_held_out_numbers_are_what_they_are_called():
+    state = begin("--tau 0.5")
+    side = state.sides["eval"]
+    side.ref_logps = drov.score(state, side)[0]
+    drov.evaluate(state)
+    side.ref_logps = side.ref_logps - side.rewards  # now log π/π_ref = r, and V = 0
+    drov.evaluate(state)
+    (start, line), r = metrics("run"), side.rewards.double().numpy()
+    assert (start["eval_log_ratio_mean"], start["eval_pair_accuracy"]) == (0, 0.5)
+    names = ("pair_accuracy", "log_ratio_mean", "loss", "residual_std", "value_explained_variance")
+    expected = (1, r.mean(), 0.5 * np.square(0.5 * r).mean(), 0.5 * r.std(), 0)
+    assert [line[f"eval_{name}"] for name in names] == approx(expected, rel=1e-4, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------ processes
@@ -459,8 +447,7 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model(processes):
     runs = [(loss, kind) for kind in ("t5", "llama") for loss in losses]
     size = lambda n, i, loss, kind: (f"{loss} --per_device_train_batch_size {n}", kind, i)
     some = [flags(*size(12 // processes, f"some{i}", *run)) for i, run in enumerate(runs)]
-    code = f"import drov\nfor flags in {some}:\n    drov.main(flags.split())\n"
-    Path("several.py").write_text(code)
+    Path("several.py").write_text(f"import drov\nfor x in {some}:\n    drov.main(x.split())\n")
     launcher = f"-m torch.distributed.run --standalone --nproc_per_node {processes} several.py"
     env = os.environ | {"PYTHONPATH": str(Path(drov.__file__).parent)}
     subprocess.run([sys.executable, *launcher.split()], env=env, check=True)
@@ -469,7 +456,6 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model(processes):
         pairs = [load_file(f"{out}{i}/model.safetensors") for out in ("one", "some")]
         close(*pairs, rtol=0, atol=1e-4)
         for ours, theirs in zip(metrics(f"one{i}"), metrics(f"some{i}"), strict=True):
-            theirs |= {"padding": ours["padding"]} if "padding" in ours else {}
             assert ours == approx(theirs, rel=1e-2, abs=1e-3)
         one, some = (read_lines(f"{out}{i}/generations-0.jsonl") for out in ("one", "some"))
         assert one == some
@@ -480,22 +466,19 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model(processes):
 
 @each(("size", "says"), [("", "it is no run"), ("4", "torchrun")])
 def test_world_size_without_a_launcher_is_named(size, says, monkeypatch):
-    assert repr((drov.WORLD_SIZE, drov.RANK, drov.DEVICE.index or 0)) == "(1, 0, 0)"
     monkeypatch.setenv("WORLD_SIZE", size)
     assert says in fails("--resume nothing", main=runpy.run_path(drov.__file__)["main"])
 
 
 # ----------------------------------------------------------------------------- dice, comparison
-def test_dice_is_measured_exactly_and_compared_by_its_true_reward(capsys, monkeypatch):
+def test_dice_is_measured_exactly_and_compared_by_its_true_reward(monkeypatch):
     monkeypatch.setitem(drov.DICE_SFT, "max_steps", 40)
     monkeypatch.setattr(drov, "NAMES", "Ada Emmy Kurt Sofia")
     more = "--max_steps 20 --split_mode prompt_fold --num_eval_folds 2 --eval_prompts_per_fold 12"
     main(f"--dice {more} --eval_fold_index all --output_dir all")
-    assert "π*" in capsys.readouterr().out
     results = read_json("all/results.json")
     sft, policy, best = (results[name]["objective"] for name in ("sft", "policy", "optimum"))
     assert results["sft"]["kl"] == 0 and sft < policy < best
-    assert results["gain_share"] == approx((policy - sft) / (best - sft))
     for fold in (0, 1):
         more += f" --model_name_or_path all/sft --eval_fold_index {fold} --output_dir fold{fold}"
         main(f"--dice {more}")
@@ -520,24 +503,18 @@ def pairs_of(n, chance=0.5, seed=0):
     return drov.make_pairs(ours, theirs), drov.make_pairs(theirs, ours)
 
 
-def test_swapping_the_sides_changes_no_pair_and_turns_the_rate_round():
-    pairs, swapped = pairs_of(200, 0.7)
-    seen = lambda pairs: [[pair[name] for name in ("id", "prompt", "A", "B")] for pair in pairs]
-    biased = np.array([float(int(drov.sha256(p["A"])[:4], 16) % 3 > 0) for p in pairs])
-    there, back = drov.win_rates(pairs, biased), drov.win_rates(swapped, biased)
-    assert seen(pairs) == seen(swapped) and there["wins"] == back["losses"]
-    assert there["win_rate"] == approx(1 - back["win_rate"])
-    assert 60 < sum(pair["ours"] == "A" for pair in pairs) < 140
-
-
 @each("p", [0.5, 0.9, 0.99])
-def test_the_interval_covers_the_true_rate_and_five_that_agree_are_no_certainty(p):
+def test_the_interval_covers_the_true_rate_and_swapping_the_sides_turns_it_round(p):
     good = lambda pairs: np.array([float(pair["A"].startswith("good")) for pair in pairs])
-    interval = lambda pairs: drov.win_rates(pairs, good(pairs))["interval"]
-    intervals = [interval(pairs_of(100, p, seed)[0]) for seed in range(200)]
+    rates = lambda pairs: drov.win_rates(pairs, good(pairs))
+    seen = lambda pairs: [[pair[name] for name in ("id", "prompt", "A", "B")] for pair in pairs]
+    intervals = [rates(pairs_of(100, p, seed)[0])["interval"] for seed in range(200)]
     assert np.mean([low <= p <= high for low, high in intervals]) >= 0.90
-    low, high = interval(pairs_of(5, 1.0)[0])
-    assert low < 0.6 and high == 1
+    low, high = rates(pairs_of(5, 1.0)[0])["interval"]
+    assert low < 0.6 and high == 1  # five that agree are no certainty
+    pairs, swapped = pairs_of(200, p)
+    assert seen(pairs) == seen(swapped) and 60 < sum(pair["ours"] == "A" for pair in pairs) < 140
+    assert rates(pairs)["win_rate"] == approx(1 - rates(swapped)["win_rate"])
 
 
 def test_verdicts_of_people_count_with_their_mean_and_wrong_ones_are_named(capsys):
@@ -562,23 +539,27 @@ def test_verdicts_of_people_count_with_their_mean_and_wrong_ones_are_named(capsy
 
 
 def test_a_model_judges_by_its_letters_and_must_hold_to_it_in_both_orders():
-    (pairs, _), model, tokenizer = pairs_of(8), model_of("phi"), tokenizer_of("chatml")
+    (pairs, _), model, tokenizer = pairs_of(8), model_of("phi").eval(), tokenizer_of("chatml")
     args = drov.parse_args(["--judge_model", "judge", "--compare", "x"])
     save("judge", model, tokenizer)
     with pytest.raises(drov.UserError, match="together"):  # it never learnt to answer
         drov.judge_by_model(args, pairs)
     letters = [tokenizer.encode(x, add_special_tokens=False)[0] for x in "AB"]
-    model.lm_head.bias.data[letters] += 6
-    model.lm_head.weight.data[letters] *= 20
-    save("judge", model)
-    verdicts, frame = drov.judge_by_model(args, pairs), drov.text_frame(tokenizer, False)
     orders = [shown for x in pairs for shown in (x, x | {"A": x["B"], "B": x["A"]})]
     texts = [drov.JUDGE_PROMPT.format_map(shown) for shown in orders]
-    ids, _ = drov.encode(texts, ["A"], tokenizer, frame, 9999, 9999)
-    logits = [model(torch.tensor([text])).logits[0, -1, letters] for text in ids]
-    says = [two.argmax().item() for two in logits]
-    expected = [0.5 if first == second else second for first, second in zip(says[::2], says[1::2])]
-    assert verdicts.tolist() == expected and 0.5 in expected
+    ids, _ = drov.encode(texts, ["A"], tokenizer, drov.text_frame(tokenizer, False), 9999, 9999)
+    model.lm_head.bias.data[letters] += 6  # now it does, and what it reads tells
+    model.lm_head.weight.data[letters] *= 20
+    for parameter in model.model.parameters():
+        parameter.data *= 3
+    margins = [model(torch.tensor([text])).logits[0, -1, letters] for text in ids]
+    margins = torch.stack([a - b for a, b in margins])
+    bias = margins.median() + 0.1  # half of the time A
+    model.lm_head.bias.data[letters[0]] -= bias.item()
+    save("judge", model)
+    says = (margins < bias).view(-1, 2)
+    expected = [0.5 if first == second else float(second) for first, second in says.tolist()]
+    assert drov.judge_by_model(args, pairs).tolist() == expected and {0.5} < set(expected)
 
 
 # --------------------------------------------------------------------------------------- errors
@@ -605,12 +586,10 @@ def test_a_broken_file_ends_in_one_line_that_names_the_place(name, content, says
 
 @each(("flags", "says"), [
     ("--tau 0", "--tau must be a number > 0"), ("--learning_rate nan", "--learning_rate"),
-    ("--max_steps 1.5", "--max_steps: invalid int value"), ("--reward_key quality", "--reward_key"),
     ("--unknown", "unrecognized arguments: --unknown"), ("--verdicts v.jsonl", "go with --compare"),
-    ("--save_steps 3 --logging_steps 2", "no multiple"), ("--resume nothing", "it is no run"),
-    ("--compare nothing", "no finished run"), ("--dataset_name nothing.jsonl", "nothing.jsonl"),
+    ("--save_steps 3 --logging_steps 2", "no multiple"), ("--compare nothing", "no finished run"),
     ("--value batch --per_device_train_batch_size 1", "one row is too few"),
-    ("--loss kto --value constant", "goes with --loss dro_v"),
+    ("--loss kto --value constant", "goes with --loss dro_v"), ("--dataset_name no.jsonl", "no.jsonl"),
     ("--value constant --share_policy_and_value_backbone", "goes with"),
     ("--split_mode prompt_fold --eval_prompts_per_fold 8 --eval_fold_index 5", "must be 0 to 4"),
     ("--num_eval_prompts 240", "cannot hold out 240 of 240 different prompts"),
@@ -618,36 +597,26 @@ def test_a_broken_file_ends_in_one_line_that_names_the_place(name, content, says
     ("--dataset_name nobody/nothing", "--dice needs none"),
     ("--max_prompt_length 1", "--max_prompt_length must be more"),
 ])  # fmt: skip
-def test_a_wrong_flag_ends_in_one_line_and_claims_no_folder(flags, says, monkeypatch):
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    dice = "" if "--compare" in flags or "--resume" in flags else "--dice"
-    out = "" if "--resume" in flags else "--output_dir run"
-    assert says in fails(f"{dice} {flags} {out}") and not Path("run").exists()
+def test_a_wrong_flag_ends_in_one_line_and_claims_no_folder(flags, says):
+    assert says in fails(f"--dice {flags} --output_dir run") and not Path("run").exists()
 
 
-def test_a_wrong_model_ends_in_one_line():
-    tokenizer, weights = drov.load_policy("llama")[1], Path("llama/model.safetensors")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    # fmt: off
-    for change, says in (
-        (lambda: save("llama", model_of("llama", max_position_embeddings=30)), "30 positions"),
-        (lambda: save("llama", tokenizer), "chat template"),
-        (lambda: save("llama", model_of("llama", vocab_size=100)), "the model embeds 100"),
-        (lambda: save_file(dict([*load_file(weights).items()][3:]), weights, {"format": "pt"}), "lacks"),
-        (lambda: weights.write_bytes(weights.read_bytes()[:5000]), "cannot load"),
-    ):
-        change()
-        assert says in fails(flags("", "llama"))
-    # fmt: on
-    save("llama", model_of("llama"))
-    for file in (*Path("llama").glob("*token*"), *Path("llama").glob("*.jinja")):
-        file.unlink()
-    assert "tokenizer" in fails(flags("", "llama"))
-    torch.manual_seed(0)
-    masked = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL))
-    save("masked", masked, tokenizer_of("end"))
-    assert "reads what is to come" in fails(flags("", "masked"))
+LLAMA, BERT = Path("llama"), transformers.BertConfig(**SMALL)
+WEIGHTS = LLAMA / "model.safetensors"
+
+
+@each(("says", "change"), [
+    ("30 positions", lambda: save(LLAMA, model_of("llama", max_position_embeddings=30))),
+    ("the model embeds 100", lambda: save(LLAMA, model_of("llama", vocab_size=100))),
+    ("lacks", lambda: save_file(dict([*load_file(WEIGHTS).items()][3:]), WEIGHTS, {"format": "pt"})),
+    ("cannot load", lambda: WEIGHTS.write_bytes(WEIGHTS.read_bytes()[:5000])),
+    ("chat template", lambda: (LLAMA / "chat_template.jinja").write_text("{{ messages[0].content }}")),
+    ("tokenizer", lambda: (shutil.rmtree(LLAMA), save(LLAMA, model_of("llama")))),
+    ("reads what is to come", lambda: save(LLAMA, transformers.BertForMaskedLM(BERT))),
+])  # fmt: skip
+def test_a_wrong_model_ends_in_one_line(says, change):
+    change()
+    assert says in fails(flags("", "llama"))
 
 
 def test_a_t5_without_a_start_token_starts_with_its_pad_and_says_so(capsys):
