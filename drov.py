@@ -914,7 +914,7 @@ def rows_by_prompt(side: Side) -> dict[str, list[int]]:
 
 
 def evaluate(run: Run) -> None:
-    """Log the held-out numbers as eval_…. They mean the same for every loss: methods compare."""
+    """Log the held-out numbers as eval_…, by the same formulas for every loss."""
     side, ordered = run.sides["eval"], []
     logps, values = score(run, side, desc="π and V on held-out rows", values=True)
     numbers = {"loss": -logps, "completion_tokens": torch.from_numpy(side.lengths[:, 1])}
