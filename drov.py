@@ -85,10 +85,13 @@ def dro_v_loss(
     """DRO-V's policy loss, value loss and the residual that they share; everything (B,).
 
     The means of the losses have as gradients Eq. 8 / τ (in `policy_logps`; none in `values`) and
-    Eq. 7 (in `values`; none in `policy_logps`), both over B. Eq. 4 is ½ mean(residual²).
+    Eq. 7 (in `values`; none in `policy_logps`), both over B. Eq. 4 is ½ mean(residual²). Raises
+    ValueError where torch would make (B, B) of (B,) and a value head's (B, 1).
     """
     log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
     residual = rewards - values - tau * log_ratio  # δ, zero at (π*, V*): Eq. 3
+    if residual.shape != policy_logps.shape:
+        raise ValueError(f"log-probabilities are {policy_logps.shape}, values {values.shape}")
     # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V. The policy is held fixed.
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
     # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ.
@@ -280,7 +283,8 @@ def read_file(path: str) -> Iterator[tuple[int, dict]]:
             require(isinstance(row, dict), f"{row!r:.50} is no JSON object")
             if ending == ".csv":  # DictReader puts None where a field lacks a name or a value
                 fits = None not in (*row, *row.values()) and len(row) == len(rows.fieldnames)
-                require(fits, "more or fewer fields than in the header, or a column twice")
+                says = f"other fields than the header's {rows.fieldnames}, or a column twice"
+                require(fits, says)
             yield number, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
@@ -1068,6 +1072,7 @@ def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dic
         with loading(run, "it is no finished run, or one without answers"):
             has = load_json(run, "prompt_split_manifest.json") | load_json(run, "args.json")["args"]
             last = load_json(run, "results.json")["step"]
+            require(last or not at, f"{run} has taken no step: name another run with --against")
             lines = read_file(f"{run}/generations-{0 if at else last}.jsonl")
             new = {line["prompt"]: line | {"run": run + at} for _, line in lines}
             differ = [key for key in PROTOCOL if protocol.setdefault(key, has[key]) != has[key]]
@@ -1159,8 +1164,12 @@ def compare(args: Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "pairs.jsonl", *blind)
     write_json(folder / "key.jsonl", *({"id": pair["id"]} | pair["runs"] for pair in pairs))
-    ended = [np.mean([line["finished"][0] for line in side.values()]) for side in (ours, theirs)]
-    say(f"answers that ended by themselves: {ended[0]:.1%} and {ended[1]:.1%}")
+    sides = {"compare": args.compare, "against": args.against or ["its start"]}
+    names = [" + ".join(side) for side in sides.values()]
+    for name, side in zip(names, (ours, theirs)):
+        ended = np.mean([line["finished"][0] for line in side.values()])
+        say(f"{ended:.1%} of the answers of {name} ended by themselves")
+    judge = args.judge_model or args.verdicts or "the true reward"
     if args.judge_model:
         verdicts = judge_by_model(args, pairs)
     elif args.verdicts:
@@ -1174,24 +1183,23 @@ def compare(args: Namespace) -> None:
         verdicts = np.array([np.mean(given[pair["id"]] or math.nan) for pair in pairs])
         missing = sum(pair["A"] != pair["B"] and not given[pair["id"]] for pair in pairs)
         unknown = len(given) - len(pairs)
-        say(f"{file}: {missing} of {len(pairs)} pairs have no verdict; unknown ids: {unknown}")
+        say(f"{file}: {missing} of {len(pairs)} pairs lack a verdict; unknown ids: {unknown}")
     elif protocol["dataset_name"] == "dice":  # by the true reward; any roll beats no roll
         A, B = (np.array([all_rolls(p["prompt"]).get(p[x], -1) for p in pairs]) for x in "AB")
         verdicts = (np.sign(A - B) + 1) / 2
     else:
-        says = f"{len(pairs)} blind pairs are in {folder}/pairs.jsonl (key.jsonl: whose they are);"
+        same = sum(pair["A"] == pair["B"] for pair in pairs)
+        says = f"{len(pairs)} blind pairs ({same} of equal answers) are in {folder}/pairs.jsonl;"
         return say(says + ' then --verdicts FILE, lines of {"id": …, "winner": "A", "B" or "tie"}')
     result = win_rates(pairs, verdicts)
-    sides = {"compare": args.compare, "against": args.against or ["its start"]}
-    write_json(folder / "win_rates.json", sides | result, indent=2)
+    write_json(folder / "win_rates.json", sides | {"judge": judge} | result, indent=2)
     for fold, x in result["folds"].items():
         bar = f"{'█' * round(40 * x['win_rate']):░<40} {x['win_rate']:6.1%}"
         say(f"fold {fold} {bar}  {x['wins']} wins, {x['ties']} ties, {x['losses']} losses")
     rate, low, high = (100 * x for x in (result["win_rate"], *result["interval"]))
     spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f} %"
     what = f"{result['prompts']} prompts, {result['same_answers']} with equal answers"
-    names = " vs ".join(map(" + ".join, sides.values()))
-    say(f"{names}: {rate:.1f} %{spread} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
+    say(f"{' vs '.join(names)}: {rate:.1f} %{spread} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
 
 
 # ------------------------------------------------------------------------------------ machinery
@@ -1448,7 +1456,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         most = 2**32 if type(x) is int else 1e38
         right = type(x) not in (int, float) or 0 < x < most or may_be_0 and x == 0
         least = ">= 0" if may_be_0 else "> 0"
-        require(right, f"--{name} must be a number {least}, below {most:.9g}, not {x}")
+        require(right, f"--{name} must be a number {least}, below {most:.10g}, not {x}")
     if "resume" in given:
         return resumed_args(given, defaults)
     preset = DICE if given.get("dice") else {}
@@ -1631,7 +1639,8 @@ def reproduce(run: Run) -> None:
     else:
         losses = [line["loss"] for line in lines if "loss" in line]
         results |= {"first_loss": losses[0], "last_loss": losses[-1]}
-        say(f"one batch, {run.step} steps: loss {losses[0]:.4g}, in the end {losses[-1]:.4g}")
+        left = losses[-1] / losses[0]
+        say(f"one batch, {run.step} steps: {left:.2%} of loss {losses[0]:.4g} is left (goal: 1 %)")
     on_first(lambda: save_networks(run, folder))
     on_first(lambda: write_json(folder / "results.json", results, indent=2))
     say(f"the policy and its results are in {folder}")

@@ -126,6 +126,8 @@ def test_gradients_are_eq_7_and_eq_8_over_tau_and_kto_is_as_defined(tau):
     eq_7 = v - r + tau * ratio  # ∇V = 1
     eq_8 = -tau * ((r - v) - tau / 2 * 2 * ratio)  # ∇log π = 1, ∇(log π/π_ref)² = 2 log π/π_ref
     assert none is no_other is None
+    with pytest.raises(ValueError, match="values"):
+        drov.dro_v_loss(logps, ref_logps, values[:, None], r, tau)
     close((policy, value, residual), (eq_8 / tau / 6, eq_7 / 6, -eq_7), rtol=1e-12, atol=1e-12)
     margins = [(x - 0.3) * (1 if y > 0 else -1) for x, y in zip(ratio.tolist(), r)]
     kto = drov.kto_loss(ratio, torch.zeros(6), r > 0, torch.tensor(0.3), tau)
@@ -530,7 +532,7 @@ def test_verdicts_of_people_count_with_their_mean_and_wrong_ones_are_named(capsy
     unknown = {"id": "else", "winner": "tie"}
     write_lines("v.jsonl", [*wins, wins[0] | {"winner": "tie"}, unknown])
     main(f"{compare} --verdicts v.jsonl")
-    assert "have no verdict; unknown ids: 1" in capsys.readouterr().out
+    assert "lack a verdict; unknown ids: 1" in capsys.readouterr().out
     rates, score = read_json("versus/win_rates.json"), len(wins) - 0.25 + 0.5 * (4 - len(wins))
     assert rates["win_rate"] == score / 4 and rates["std"] is None  # equal answers are a tie
     for last, says in ((unknown, "no known verdict"), ({"id": "x", "winner": "C"}, "line 2 needs")):
