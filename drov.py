@@ -96,8 +96,7 @@ def dro_v_loss(
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
     # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ.
     # Algorithm 1 prints ½ for τ/2, which has another fixed point unless τ = 1. Adafactor and Adam
-    # all but cancel a gradient's scale: who takes the paper's 1/τ to mean the update divides
-    # --learning_rate by τ.
+    # all but cancel a gradient's scale: to scale the update itself, divide --learning_rate by τ.
     policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
     return policy_loss, value_loss, residual
 
@@ -117,7 +116,7 @@ def kto_loss(
 # --------------------------------------------------------------------------------------- models
 
 # A policy is any encoder-decoder or any decoder-only model. This section, `text_frame` and
-# `generate` tell the two kinds apart; elsewhere they differ in what is a length: `Side.widths`.
+# `generate` tell the two kinds apart; elsewhere they differ in what counts as a length.
 
 
 def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, Any]:
@@ -141,7 +140,11 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
     require(not bidirectional, f"{source} is a masked language model: it reads what is to come")
     lacking = sorted(info["missing_keys"])
     require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
-    words, rows = len(tokenizer), len(policy.get_input_embeddings().weight)
+    # A special token that stands in no frame never comes: Gemma 3 embeds none for images.
+    frame = text_frame(tokenizer, config.is_encoder_decoder)
+    framed = {token for parts in frame.values() for ids in parts for token in ids}
+    plain = set(tokenizer.get_vocab().values()) - set(special_tokens(tokenizer).values())
+    words, rows = max(plain | framed) + 1, len(policy.get_input_embeddings().weight)
     require(words <= rows, f"{source}: the tokenizer has {words} tokens, the model embeds {rows}")
     try:
         policy.generation_config.validate(strict=True)
@@ -168,6 +171,7 @@ def make_deterministic(config: transformers.PreTrainedConfig) -> None:
 
 def position_limit(config: transformers.PreTrainedConfig) -> float:
     """The most tokens a model has positions for; relative ones, such as T5's, have no end."""
+    config = config.get_text_config()  # a part of it, where a model reads more than text
     limits = [getattr(config, x, None) for x in ("max_position_embeddings", "n_positions")]
     relative = hasattr(config, "relative_attention_num_buckets")
     return math.inf if relative else min(limit or math.inf for limit in limits)
@@ -656,9 +660,9 @@ class Run:
             tokens = args.max_prompt_length + args.max_completion_length
             tokens *= args.per_device_train_batch_size
         args.micro_batch_tokens = args.micro_batch_tokens or tokens
-        # A piece has few of all words: a gradient with zeros for the others takes long to add.
+        # Embeddings get sparse gradients: a piece has few of all words, adding zeros takes long.
         for module in self.policy.modules():
-            if isinstance(module, nn.Embedding) and module.num_embeddings >= len(self.tokenizer):
+            if getattr(module, "weight", None) is self.policy.get_input_embeddings().weight:
                 module.sparse = True
 
 
@@ -682,7 +686,8 @@ def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, n
         pieces = [piece for _, pieces in cut for piece in pieces]
         largest = int(max(len(piece) * side.widths[piece].max(0).sum() for piece in pieces))
         if max(map(len, pieces)) == 1:
-            raise RunError(f"out of memory: one row of {largest} tokens does not fit")
+            cure = "--resume it where there is more memory, or start elsewhere with lower lengths"
+            raise RunError(f"out of memory: one row of {largest} tokens does not fit: {cure}")
         args.micro_batch_tokens = min(args.micro_batch_tokens, largest) // 2
         say(f"out of memory: going on with --micro_batch_tokens {args.micro_batch_tokens}")
 
@@ -761,10 +766,11 @@ def step_passes(
     run: Run, divisor: float, mean_reward: float, mean_log_ratio: float
 ) -> list[tuple[Callable, np.ndarray]]:
     """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, by name.
-    Another loss is a function like `kto_loss`, a branch here, a name in `make_parser`."""
+    Another loss of log π/π_ref is a function like `kto_loss`, a branch here, a name in
+    `make_parser`."""
     args, side = run.args, run.sides["train"]
     logps = torch.zeros(len(side.x), device=DEVICE)  # of the step's rows, no graph; so are values
-    # DRO-P: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
+    # DRO-P, Eq. 15: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
     values = torch.full_like(logps, mean_reward - args.tau * mean_log_ratio)
 
     def descend(losses: Tensor) -> None:
@@ -786,7 +792,8 @@ def step_passes(
             ref_logp = side.ref_logps[piece].to(DEVICE)
             record |= {"log_ratio": logp - ref_logp, "reward": rewards}
         if args.loss == "kto":
-            desirable, kl = rewards > mean_reward + 1e-6, torch.tensor(max(0.0, mean_log_ratio))
+            desirable = rewards > mean_reward + 1e-6  # not by rounding alone
+            kl = torch.tensor(max(0.0, mean_log_ratio))
             losses = record["loss"] = kto_loss(logp, ref_logp, desirable, kl, args.tau)
         elif args.loss == "dro_v":
             record["value"] = values[piece]
@@ -834,7 +841,8 @@ def train(run: Run) -> None:
             other = run.sides.get("mismatched", side)
             log_ratio = score(run, other, rows)[0] - other.ref_logps[rows]
             means = side.rewards[rows].mean().item(), log_ratio.mean().item()
-        for record in filter(None, in_pieces(run, side, rows, *step_passes(run, divisor, *means))):
+        records = in_pieces(run, side, rows, *step_passes(run, divisor, *means))
+        for record in filter(None, records):  # V's passes leave none
             for name, tensor in record.items():
                 window[name].append(tensor)
         if dist.is_initialized():
@@ -857,7 +865,7 @@ def train(run: Run) -> None:
         metrics = summarise(window, args.tau)
         window.clear()
         finite = all(parameter.isfinite().all() for parameter in parameters)
-        if not finite or None in map(metrics.get, ("loss", *networks)):
+        if not finite or None in map(metrics.get, ("loss", *networks)):  # None: not finite
             cure = "start elsewhere, with a lower --learning_rate or --max_grad_norm 1"
             raise RunError(f"loss, gradient or weights not finite by step {run.step}: {cure}")
         log(run, metrics | {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)})
@@ -1248,7 +1256,7 @@ def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
 
 # `torchrun` starts several copies of this program. All hold the same networks and see the same
 # rows; each works on its share of them (`in_pieces`), and they meet where a gradient, a number to
-# log, a score or an answer belongs to all. Alone, a process does nothing here.
+# log, a score or an answer belongs to all. A process alone neither waits nor sends.
 
 SEVERAL = os.environ.get("WORLD_SIZE", "") not in ("", "1")
 ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
@@ -1466,11 +1474,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     args.as_is = args.dice and given.keys() <= {"dice", "seed", "tau", "output_dir"}
     args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED.get(args.dataset_name)
-    name = f"{Path(args.dataset_name).stem}-{args.split_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem, now = Path(args.dataset_name).stem[:60], time.strftime("%Y%m%d-%H%M%S")
+    name = f"{stem}-{args.split_mode}-{now}"
     if args.compare:
         sides = (args.compare, args.against or ["start"])
         name = "-vs-".join("+".join(Path(run).name for run in side) for side in sides)
-        name = f"compare-{name[:99]}"  # a file's name may have 255 bytes
+        name = f"compare-{name[:60]}"  # a file's name may have 255 bytes
     args.output_dir = args.output_dir or os.path.join("runs", name)
     if args.overfit_one_batch:
         args.max_steps = args.save_steps = args.overfit_steps
@@ -1522,7 +1531,7 @@ def start(args: Namespace, locks: ExitStack) -> Run:
     folder, kept = Path(args.output_dir), "prompt_split_manifest.json"
     lock = filelock.FileLock(folder / ".lock", blocking=False)
     if args.resume:
-        with loading(folder, "a run that is alive works there"):
+        with loading(folder, "a run that is alive works there, or it cannot be written to"):
             on_first(lambda: locks.enter_context(lock))
     holds = gather({path.name for path in folder.glob("*")} - {".lock", ".args.json.tmp"})[0]
     says = f"--output_dir {folder} is not empty: give another one, or --resume it"
@@ -1698,10 +1707,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         code, says = 1, str(error) or "out of memory"
-    begun = args and os.path.exists(f"{args.output_dir}/args.json")  # a run, and not a finished one
-    if code not in (0, 2) and begun and not os.path.exists(f"{args.output_dir}/results.json"):
+    begun = args and os.path.exists(f"{args.output_dir}/args.json")
+    unfinished = begun and not os.path.exists(f"{args.output_dir}/results.json")
+    if unfinished and not isinstance(says, UserError | RunError):  # they bring their own cure
         says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
-    if code and (RANK == 0 or code == 1 or not dist.is_initialized()):  # what all find, one says
+    if code and (LOCAL_RANK == 0 or code == 1 or not dist.is_initialized()):  # once on each machine
         print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
     if code:
         sys.exit(code)

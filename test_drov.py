@@ -78,7 +78,7 @@ def tokenizer_of(kind):
         pad, tok = "<pad>", Tokenizer(models.Unigram([(token, -1.0) for token in tokens], 2))
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         tok.normalizer = normalizers.NFKC()
-    tok.add_special_tokens(special)
+    tok.add_special_tokens([*special, "<image>"])  # as Gemma 3, whose model embeds none
     around = {"unigram": "$A </s>", "bos": "<s> $A", "inst": "<s> $A"}.get(kind, "$A")
     tok.post_processor = processors.TemplateProcessing(around, None, [("</s>", 1), ("<s>", 3)])
     names = {"eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>", "pad_token": pad}
@@ -92,7 +92,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     save("t5", model_of("t5"), tokenizer_of("bytes"))
-    save("llama", model_of("llama"), tokenizer_of("chatml"))
+    save("llama", model_of("llama", vocab_size=263), tokenizer_of("chatml"))
     texts = ["".join(rng.choice(list("abc de"), rng.integers(2, 12))) + "." for _ in range(60)]
     rows = zip([f"say {i % 30}" for i in range(60)], texts, map(len, texts))
     write_lines("rows.jsonl", [dict(zip(COLUMNS, row)) for row in rows])
