@@ -136,8 +136,6 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
         load = kinds[config.is_encoder_decoder].from_pretrained
         policy, info = load(source, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-    bidirectional = any("MaskedLM" in name for name in config.architectures or ())
-    require(not bidirectional, f"{source} is a masked language model: it reads what is to come")
     lacking = sorted(info["missing_keys"])
     require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
     # A special token that stands in no frame never comes: Gemma 3 embeds none for images.
@@ -151,8 +149,14 @@ def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, An
     except ValueError:  # it contradicts itself, and could not be saved, either
         policy.generation_config = transformers.GenerationConfig.from_model_config(config)
     config = policy.config  # its own copy
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+    if not config.is_encoder_decoder:
+        with torch.no_grad():
+            a, b = policy(torch.tensor([[0, 0], [0, 1]])).logits[:, 0].float()
+        causal = torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+        require(causal, f"{source} reads what is to come: it is no causal language model")
+    elif getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
+        require(config.pad_token_id is not None, f"{source} has no decoder_start_token_id")
         say(f"{source} names no start token: the pad token, {config.pad_token_id}, is taken")
     return policy, tokenizer
 
@@ -310,13 +314,16 @@ def read_rows(args: Namespace) -> Iterator[dict]:
             options = {"split": args.dataset_split, "revision": args.dataset_revision}
             yield from datasets.load_dataset(name, **options)
         elif ending == ".parquet":
-            for batch in pyarrow.parquet.ParquetFile(name).iter_batches(1000):
+            file = pyarrow.parquet.ParquetFile(name)
+            columns = [x for x in file.schema_arrow.names if x in COLUMNS] or None
+            for batch in file.iter_batches(1000, columns=columns):
                 yield from batch.to_pylist()
         else:
             require(ending in endings, f"{name} is none of these: {takes}")
             yield from (row for _, row in read_file(name))
 
 
+COLUMNS = ("prompt", "completion", "reward", "instruction", "completions")
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 
 
@@ -446,7 +453,8 @@ def text_frame(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> 
         control = special_tokens(tokenizer).values()
         ends = [i + 1 for i, token in enumerate(ids) if token in control]
         behind = ids[: ends[0]] if ends else plain(rest.rstrip()) + end
-    require(behind or end, "the tokenizer has no end token: set its eos_token")
+    ended = end or behind and behind[-1] in special_tokens(tokenizer).values()
+    require(ended, "the tokenizer has no end token: set its eos_token")
     return {"prompt": prompt, "completion": [before, behind or end]}
 
 
@@ -724,7 +732,10 @@ def score(run: Run, side: Side, rows=None, desc="", values=False, grad=False) ->
 
     rows = np.arange(len(side.x)) if rows is None else rows
     items = for_each(run, side, rows, function, desc, grad=grad)
-    return torch.tensor(items, dtype=torch.float32).reshape(-1, 2).unbind(-1)
+    logps, value = torch.tensor(items, dtype=torch.float32).reshape(-1, 2).unbind(-1)
+    if not logps.isfinite().all():
+        raise RunError("a log-probability is not finite: the model is damaged, or has diverged")
+    return logps, value
 
 
 def fix_reference(run: Run) -> None:
@@ -1604,9 +1615,9 @@ def start(args: Namespace, locks: ExitStack) -> Run:
         run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
     if newest:
         run.step = max(found)
-        with loading(newest, cure):
-            # The log is to be as it was then.
-            on_first(lambda: shutil.copy(newest / "metrics.jsonl", folder))
+        with loading(newest, cure, always=True):
+            lines = [line for _, line in read_file(f"{newest}/metrics.jsonl")]
+            on_first(lambda: write_json(folder / "metrics.jsonl", *lines))  # the log as it was then
             if run.value_model:
                 load_model(run.value_model, newest / "value_model" / "model.safetensors")
             state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)

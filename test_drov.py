@@ -392,10 +392,14 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_bit_and_what_stands_in_the_way_
 def test_what_is_not_finite_and_what_is_random_ends_the_run_and_is_not_saved():
     says = fails(flags("--optim adamw --learning_rate 1e37 --max_steps 10"), code=1)
     assert "not finite by step 2" in says and not list(Path("run").glob("checkpoint-*"))
-    random = lambda out: out + torch.randn_like(out)
-    noise = lambda module, _, out: random(out) if "MLP" in type(module).__name__ else None
+    noisy = lambda module, out: "MLP" in type(module).__name__ and out.requires_grad
+    noise = lambda module, _, out: out + torch.randn_like(out) if noisy(module, out) else None
     with hooks.register_module_forward_hook(noise):
         assert "alike twice" in fails(flags("", "llama", "noisy"), code=1)
+    model = model_of("t5")
+    model.shared.weight.data[7] = np.nan
+    save("t5", model)
+    assert "not finite: the model" in fails(flags("--max_steps 0", out="nan"), code=1)
 
 
 @each(("more", "ends"), [
