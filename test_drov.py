@@ -374,7 +374,8 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_bit_and_what_stands_in_the_way_
     main("--resume cut")
     assert "is finished" in capsys.readouterr().out
     Path("cut/results.json").unlink()
-    for file in (Path("cut/checkpoint-30", name) for name in ("optimizer.pt", *weights)):
+    read_last_first = ("optimizer.pt", weights[0], "metrics.jsonl", weights[1])
+    for file in (Path("cut/checkpoint-30", name) for name in read_last_first):
         file.write_bytes(file.read_bytes()[:1000])
         says = fails("--resume cut")
         assert "checkpoint-30" in says and "goes on from checkpoint-28" in says
