@@ -1,1732 +1,1203 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DRO-V in one file: learning from single rated answers, with a value for every prompt.
+"""DRO-V in one file: a policy learns from single rated answers, with a value for every prompt.
 
-The method of "Offline Regularised Reinforcement Learning for Large Language Models Alignment"
-(arXiv 2405.19107). The data are triplets (prompt x, completion y, reward r). The goal is
+The method is that of "Offline Regularised Reinforcement Learning for Large Language Models
+Alignment" (arXiv 2405.19107). The data are triplets: a prompt x, a completion y, whoever wrote it,
+and its reward r. With π_ref, the model that training starts from, the goal is Eq. 1. Its solution π*
+and a function V* of the prompt satisfy Eq. 3, for every x and y. So two networks, π and V, are
+trained to make both sides equal on the data, by Eq. 4:
 
-    max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]                                    (Eq. 1)
+    max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]                       (Eq. 1)
+    r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)                              (Eq. 3)
+    L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]                             (Eq. 4)
 
-Its solution π* and a function V* of the prompt satisfy, for every x and y,
+Algorithm 1 is `train`; its two gradients are those of `dro_v_loss`. Commands to paste:
 
-    r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)                                           (Eq. 3)
-
-so DRO-V fits both networks to make the two sides equal on the data:
-
-    L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]                                          (Eq. 4)
-
-The algorithm:
-    1. score every triplet once with π_ref, the model that training starts from
-    2. draw a batch of triplets (x, y, r), whoever wrote y
-    3. residual δ = r − V(x) − τ log π(y|x)/π_ref(y|x)
-    4. V's gradient is that of ½ δ², the policy's that of ½ δ² / τ, as if they were two losses
-    5. one optimiser step for both, each at its own learning rate; go to 2
-
-Runs to paste:
     python drov.py --dice                                            # the answer is known; a minute
-    python drov.py --dice --value batch                              # what it is without a V(x)
     python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
     python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
     torchrun --nproc_per_node 4 drov.py --split_mode prompt_fold --per_device_train_batch_size 8
 
-Left out on purpose: pairs and reward models (TRL has both), sampling during training (DRO is
-offline), a second copy of π_ref (its log-probabilities are numbers on disk), dropout (log π/π_ref
-would not start at 0), LoRA and sharded weights (the loss works in any loop: see the README).
-
-Read from top to bottom: losses, models, data, the loop, evaluation, dice, comparison; then the
-machinery that keeps a run safe, the arguments, main.
+Where the paper is silent or contradicts itself (the README has all): Algorithm 1's ½ for Eq. 8's τ/2
+is a slip; the training rows alone normalise rewards; V is a copy of π_ref with a linear output. Left
+out: pairs, reward models, sampling during training, a copy of π_ref in memory, LoRA, dropout.
 """
 
 import argparse
 import atexit
 import copy
 import csv
-import ctypes
-import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
-from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import datasets
-import filelock
-import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# --------------------------------------------------------------------------------------- losses
+# torchrun starts this program several times; a process alone is number 0 of 1.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD_SIZE > 1 else 0
+DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
 
 
-def dro_v_loss(
-    policy_logps: Tensor, ref_logps: Tensor, values: Tensor, rewards: Tensor, tau: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DRO-V's policy loss, value loss and the residual that they share; everything (B,).
+def say(text):
+    """Print a line, above any progress bar; of several processes the first one speaks."""
+    if RANK == 0:
+        tqdm.write(text)
 
-    The means of the losses have as gradients Eq. 8 / τ (in `policy_logps`; none in `values`) and
-    Eq. 7 (in `values`; none in `policy_logps`), both over B. Eq. 4 is ½ mean(residual²). Raises
-    ValueError where torch would make (B, B) of (B,) and a value head's (B, 1).
+
+def progress(items, desc=None):
+    """`items`, with a progress bar on a terminal if `desc` gives it a name."""
+    return tqdm(items, desc, disable=RANK > 0 or desc is None or None, dynamic_ncols=True)
+
+
+class UserError(ValueError):
+    """What a user can put right: it ends the program with one line and exit code 2."""
+
+
+def require(condition, message):
+    """Raises UserError unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@contextmanager
+def loading(source):
+    """What a library raises within becomes a UserError that names `source` and gives the reason."""
+    try:
+        yield
+    except Exception as error:
+        says = f"cannot load {source}: {type(error).__name__}: {error}"[:500]
+        raise error if isinstance(error, UserError) else UserError(says) from error
+
+
+# ---------- losses
+def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
+    """DRO-V's policy loss, value loss and the residual of Eq. 3; everything is (B,).
+
+    The gradients of the losses' means are Eq. 8 / τ (in `policy_logps`, none in `values`) and Eq. 7
+    (in `values`, none in `policy_logps`), over B. Eq. 4 is ½ mean(residual²). Raises ValueError
+    where torch would make (B, B) of (B,) and a value head's (B, 1).
     """
     log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
-    residual = rewards - values - tau * log_ratio  # δ, zero at (π*, V*): Eq. 3
+    residual = rewards - values - tau * log_ratio  # δ, which is 0 at (π*, V*): Eq. 3
     if residual.shape != policy_logps.shape:
         raise ValueError(f"log-probabilities are {policy_logps.shape}, values {values.shape}")
-    # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V. The policy is held fixed.
+    # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V, with the policy held fixed.
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
-    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, here divided by τ.
-    # Algorithm 1 prints ½ for τ/2, which has another fixed point unless τ = 1. Adafactor and Adam
-    # all but cancel a gradient's scale: to scale the update itself, divide --learning_rate by τ.
+    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, with V held fixed; and
+    # divided by τ, as in the paper: a small τ is to be no small step. (Adafactor and Adam undo that.)
     policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
     return policy_loss, value_loss, residual
 
 
-def kto_loss(
-    policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, kl: Tensor, beta: float
-) -> Tensor:
-    """KTO's loss (arXiv 2402.01306), the paper's baseline: (B,); `desirable` bool, `kl` () ≥ 0.
-
-    `kl` is z₀, an estimate of the KL from mismatched pairs of the same batch, without a gradient.
-    """
+def kto_loss(policy_logps, ref_logps, desirable, kl, beta):
+    """KTO (arXiv 2402.01306): (B,); `desirable` bool; `kl` (), z₀ of mismatched pairs, no gradient."""
     log_ratio = policy_logps - ref_logps
     margin = torch.where(desirable, log_ratio - kl, kl - log_ratio)
     return 1 - torch.sigmoid(beta * margin)
 
 
-# --------------------------------------------------------------------------------------- models
-
-# A policy is any encoder-decoder or any decoder-only model. This section, `text_frame` and
-# `generate` tell the two kinds apart; elsewhere they differ in what counts as a length.
-
-
-def load_policy(source: str, revision=None, seed=0) -> tuple[PreTrainedModel, Any]:
-    """A model and its tokenizer from a folder or the hub, in float32; for "dice" a byte-level T5 of
-    0.2M random parameters. Raises UserError if anything is missing."""
+# ---------- models
+# A policy is an encoder-decoder or a decoder-only model. A batch is Hugging Face's, padded on the
+# right: `input_ids` and `attention_mask` (B, S), and `labels`, −100 where nothing is predicted. An
+# encoder-decoder's labels are the completion (B, T); a decoder-only model's input is prompt and
+# completion in a row, and its labels (B, S) are −100 on the prompt. `rewards`, `ref_logps`: (B,).
+def load_policy(source, revision=None, seed=0):
+    """A model in float32, without dropout, and its tokenizer; "dice" is a tiny T5. Raises UserError."""
     if source == "dice":
         torch.manual_seed(seed)
         sizes = {"vocab_size": 384, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4}
-        sizes |= {"num_layers": 2, "dropout_rate": 0.0, "decoder_start_token_id": 0}
-        config = transformers.T5Config(**sizes)
-        return transformers.T5ForConditionalGeneration(config), transformers.ByT5Tokenizer()
-    with loading(source, "give a hub name or a (finished run's) folder; --dice needs no network"):
+        config = transformers.T5Config(**sizes, num_layers=2, decoder_start_token_id=0)
+        policy = transformers.T5ForConditionalGeneration(config)
+        return policy.eval().to(DEVICE), transformers.ByT5Tokenizer()
+    with loading(source):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-        make_deterministic(config)
+        for name, value in vars(config).items():
+            if value == "gelu_new":  # the same function in one piece: faster, in less memory
+                setattr(config, name, "gelu_pytorch_tanh")
         kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+        load = kinds[1 if config.is_encoder_decoder else 0].from_pretrained
         options = {"revision": revision, "config": config, "dtype": torch.float32}
-        load = kinds[config.is_encoder_decoder].from_pretrained
         policy, info = load(source, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-    lacking = sorted(info["missing_keys"])
-    require(not lacking, f"{source} lacks {len(lacking)} weights, such as {lacking[:1]}")
-    # A special token that stands in no frame never comes: Gemma 3 embeds none for images.
-    frame = text_frame(tokenizer, config.is_encoder_decoder)
-    framed = {token for parts in frame.values() for ids in parts for token in ids}
-    plain = set(tokenizer.get_vocab().values()) - set(special_tokens(tokenizer).values())
-    words, rows = max(plain | framed) + 1, len(policy.get_input_embeddings().weight)
-    require(words <= rows, f"{source}: the tokenizer has {words} tokens, the model embeds {rows}")
-    try:
-        policy.generation_config.validate(strict=True)
-    except ValueError:  # it contradicts itself, and could not be saved, either
-        policy.generation_config = transformers.GenerationConfig.from_model_config(config)
-    config = policy.config  # its own copy
-    if not config.is_encoder_decoder:
-        with torch.no_grad():
-            a, b = policy(torch.tensor([[0, 0], [0, 1]])).logits[:, 0].float()
-        causal = torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
-        require(causal, f"{source} reads what is to come: it is no causal language model")
-    elif getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id
-        require(config.pad_token_id is not None, f"{source} has no decoder_start_token_id")
-        say(f"{source} names no start token: the pad token, {config.pad_token_id}, is taken")
-    return policy, tokenizer
-
-
-def make_deterministic(config: transformers.PreTrainedConfig) -> None:
-    """Set every rate of dropout and jitter to 0, in nested configs too, that log π/π_ref starts at
-    0; and take GELU's lighter form."""
-    for name, value in list(vars(config).items()):
-        if isinstance(value, transformers.PreTrainedConfig):
-            make_deterministic(value)
-        elif type(value) in (int, float) and ("drop" in name or "jitter" in name):
-            setattr(config, name, type(value)(0))
-        elif value == "gelu_new":  # the same function in one piece: less is kept for backward()
-            setattr(config, name, "gelu_pytorch_tanh")
-
-
-def position_limit(config: transformers.PreTrainedConfig) -> float:
-    """The most tokens a model has positions for; relative ones, such as T5's, have no end."""
-    config = config.get_text_config()  # a part of it, where a model reads more than text
-    limits = [getattr(config, x, None) for x in ("max_position_embeddings", "n_positions")]
-    relative = hasattr(config, "relative_attention_num_buckets")
-    return math.inf if relative else min(limit or math.inf for limit in limits)
+        require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}"[:200])
+    return policy.eval().to(DEVICE), tokenizer
 
 
 @contextmanager
-def float32_head(model: PreTrainedModel, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it the product with the vocabulary, the largest of all, sees selected states alone,
-    and not in bfloat16, in which a logit has three digits, and rounding adds up over tokens."""
-    head, exact = model.get_output_embeddings(), torch.autocast(DEVICE.type, enabled=False)
-    dtype = head.weight.dtype  # float32, unless a loop of your own has loaded it otherwise
-    head.forward = exact(lambda states: type(head).forward(head, select(states).to(dtype)))
+def float32_head(model, select):
+    """Within it the output layer, the largest product, sees only selected states, in float32."""
+    head = model.get_output_embeddings()
+    exact = torch.autocast(DEVICE.type, enabled=False)  # bfloat16 errors add up over a completion
+    head.forward = exact(lambda x: type(head).forward(head, select(x).to(head.weight.dtype)))
     try:
         yield
     finally:
         del head.forward
 
 
-def padded_behind(real: Tensor, *parts: Tensor) -> list[Tensor]:
-    """(B, T) tensors with what is real in front, cut to the longest row: prompts come padded on the
-    left, as generation wants them. Padding behind is unseen by what is causal, which needs no mask
-    and no positions then."""
-    order = real.sort(dim=1, descending=True, stable=True)[1][:, : real.sum(1).max()]
-    return [part.gather(1, order) for part in parts]
-
-
-def sequence_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """log π(y|x) = Σ_t log π(y_t | x, y_<t), over the completion's tokens, its end included.
-
-    `batch`: `input_ids`, `attention_mask` (B, S), padded on the right for an encoder-decoder and on
-    the left for a decoder-only model; `labels` (B, T), −100 on padding. Returns (B,) float32.
-    """
-    x, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    real, y = labels != -100, labels.clamp(min=0)
-    if model.config.is_encoder_decoder:  # the decoder's state at t has read y_<t
-        start = torch.full_like(y[:, :1], model.config.decoder_start_token_id)
-        inputs = {"input_ids": x, "attention_mask": mask, "use_cache": False}
-        inputs["decoder_input_ids"] = torch.cat([start, y[:, :-1]], dim=1)  # (B, T)
-        predicts = real
-    else:  # x and y are one text, and y_1 is predicted at the prompt's last token
-        text, predicts = torch.cat([x, y], dim=1), F.pad(real, (x.shape[1] - 1, 1))  # (B, S + T)
-        text, predicts = padded_behind(torch.cat([mask.bool(), real], dim=1), text, predicts)
-        inputs = {"input_ids": text, "use_cache": False}
-    with float32_head(model, lambda states: states[predicts]):
-        logits = model(**inputs).logits.float()  # (N, vocabulary), for the N real tokens of y
-    token_logps = -F.cross_entropy(logits, labels[real], reduction="none")  # (N,)
-    return token_logps.new_zeros(labels.shape).masked_scatter(real, token_logps).sum(-1)
+def sequence_logps(model, batch):
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of the completion with its end: (B,) float32."""
+    labels = batch["labels"]
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    if model.config.is_encoder_decoder:
+        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+        inputs["attention_mask"] = batch["attention_mask"]
+        inputs["decoder_input_ids"] = torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
+        targets = labels  # the decoder's state at t has read y_<t
+    else:
+        # The state at t predicts token t + 1: the prompt's last one y_1. What is causal never sees
+        # the padding behind it, and needs no mask.
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    predicted = targets != -100
+    with float32_head(model, lambda states: states[predicted]):
+        logits = model(**inputs).logits.float()  # (N, vocabulary) for the N tokens of completions
+    token_logps = -nn.functional.cross_entropy(logits, targets[predicted], reduction="none")
+    return token_logps.new_zeros(targets.shape).masked_scatter(predicted, token_logps).sum(-1)
 
 
 class ValueModel(nn.Module):
-    """V_φ(x), the value of a prompt in normalised rewards; or, of no policy, one learnt number.
+    """V_φ(x), what answers to a prompt earn, in normalised rewards; of `policy=None`, one number.
 
-    The paper leaves the architecture open. Here it is a copy of π_ref below its head: an encoder's
-    mean over the prompt's tokens; of a decoder-only model the state at the prompt's last token. The
-    head is the difference of two that start equal: V starts at exactly 0, the mean reward, and yet
-    learns (Adafactor moves a parameter in proportion to its own size: zeros would stay zeros).
+    The paper leaves it open: here it is a copy of π_ref below the output layer (`shared`: the
+    policy's own, found worse), and a linear output of an encoder's mean, or of the prompt's last
+    state; at first 0, the mean reward, being the difference of two equal layers, and yet it learns.
     """
 
-    def __init__(self, policy: PreTrainedModel | None, shared: bool = False):
+    def __init__(self, policy, shared=False):
         super().__init__()
-        self.body, start = None, torch.ones(1)
+        self.body = None
+        start = torch.ones(1)
         if policy is not None:
-            self.mean = policy.config.is_encoder_decoder
-            body = policy.get_encoder() if self.mean else policy.base_model
-            self.body = body if shared else copy.deepcopy(body)
+            self.is_encoder = policy.config.is_encoder_decoder
+            body = policy.get_encoder() if self.is_encoder else policy.base_model
             width = body.get_input_embeddings().weight.shape[1]
             start = torch.randn(width) * width**-0.5
+            self.body = body if shared else copy.deepcopy(body)
         self.head = nn.Parameter(start.repeat(2, 1))  # (2, width)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`input_ids`, `attention_mask` (B, S), padded as for `sequence_logps` → (B,) float32."""
+    def forward(self, batch):
+        """V of each row's prompt, (B,) float32."""
+        ids = batch["input_ids"]
         if self.body is None:
-            pooled = self.head.new_ones(len(input_ids), 1)
-        elif self.mean:
-            states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            weights = attention_mask / attention_mask.sum(-1, keepdim=True)
-            pooled = (states.float() * weights.unsqueeze(-1)).sum(1)  # (B, width)
+            state = self.head.new_ones(len(ids), 1)
+        elif self.is_encoder:
+            mask = batch["attention_mask"]
+            states = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
+            weights = mask / mask.sum(-1, keepdim=True)
+            state = (states.float() * weights.unsqueeze(-1)).sum(1)  # (B, width)
         else:
-            (ids,) = padded_behind(attention_mask.bool(), input_ids)
+            last = (batch["labels"] != -100).int().argmax(-1) - 1  # (B,) the place before y_1
+            ids = ids[:, : last.max() + 1]  # V reads no completion
             states = self.body(input_ids=ids, use_cache=False).last_hidden_state
-            pooled = states[range(len(ids)), attention_mask.sum(1) - 1].float()  # (B, width)
-        # Not a matrix product, which autocast would round.
-        return (pooled * (self.head[0] - self.head[1])).sum(-1)
+            state = states[torch.arange(len(last), device=last.device), last].float()
+        return (state * (self.head[0] - self.head[1])).sum(-1)  # a product autocast would round
 
 
-# ----------------------------------------------------------------------------------------- data
+# ---------- data
+def read_file(path):
+    """The objects of JSON Lines or a JSON array, or the rows of a .csv file. Raises UserError."""
+    number = 0
 
-# Files are read here, value by value as they stand: a library that guesses a column's type makes a
-# number of "4", a time of a date, and 0 of 3e-11.
-
-
-def read_file(path: str) -> Iterator[tuple[int, dict]]:
-    """The objects of a .json, .csv or else JSON Lines file, with their lines' numbers (an array's
-    items'). Raises UserError with the number of the line where something else stands."""
-    number, ending = 0, Path(path).suffix.lower()
-
-    def lines() -> Iterator[str]:  # a newline ends one, U+2028 and its like do not
+    def lines():
         nonlocal number
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # "\n" alone ends a line, U+2028 does not
             for number, line in enumerate(file, start=1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
+    is_csv = str(path).endswith(".csv")
     try:
-        if ending == ".json":
-            rows = json.loads("".join(lines()))
-        elif ending == ".csv":
+        if is_csv:
             csv.field_size_limit(2**31 - 1)
             rows = csv.DictReader(lines(), strict=True)
+        elif next(lines(), "").lstrip().startswith("["):
+            rows = json.loads("".join(lines()))
         else:
             rows = map(json.loads, filter(str.strip, lines()))
-        for item, row in enumerate(rows, start=1):
-            number = item if ending == ".json" else number
-            require(isinstance(row, dict), f"{row!r:.50} is no JSON object")
-            if ending == ".csv":  # DictReader puts None where a field lacks a name or a value
-                fits = None not in (*row, *row.values()) and len(row) == len(rows.fieldnames)
-                says = f"other fields than the header's {rows.fieldnames}, or a column twice"
-                require(fits, says)
-            yield number, row
+        for row in rows:
+            require(isinstance(row, dict), f"{row!r:.50} is no object")
+            require(not is_csv or None not in [*row, *row.values()], "not the header's fields")
+            yield row
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number} is not UTF-8: save it as that") from error
-    except (ValueError, TypeError, RecursionError, csv.Error) as error:
-        number = getattr(error, "lineno", number) if ending == ".json" else number
-        raise UserError(f"{path}, line {number}: {getattr(error, 'msg', error)}") from error
+        raise UserError(f"{path}, line {number} is not UTF-8: save the file as that") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
 
 
-def read_rows(args: Namespace) -> Iterator[dict]:
-    """The raw rows of dice, a file, or what `datasets` reads: a folder or a name on the hub."""
-    name, ending = args.dataset_name, Path(args.dataset_name).suffix.lower()
-    takes = "--dataset_name takes a .jsonl, .json, .csv or .parquet file, a folder or a hub name"
-    endings = (".jsonl", ".json", ".csv", ".parquet")
-    a_file = os.path.isfile(name) or ending in endings or name[:1] in "./~"
-    with loading(name, f"{takes}; --dice needs none"):
+def read_rows(args):
+    """The raw rows of dice, of a file, or of what `datasets` finds on disk or the hub."""
+    name = args.dataset_name
+    with loading(name):
         if name == "dice":
             yield from dice_rolls(args.seed)
-        elif os.path.isdir(name) or not a_file:
-            options = {"split": args.dataset_split, "revision": args.dataset_revision}
-            yield from datasets.load_dataset(name, **options)
-        elif ending == ".parquet":
-            file = pyarrow.parquet.ParquetFile(name)
-            columns = [x for x in file.schema_arrow.names if x in COLUMNS] or None
-            for batch in file.iter_batches(1000, columns=columns):
-                yield from batch.to_pylist()
+        elif name.endswith(".parquet"):
+            yield from pyarrow.parquet.read_table(name).to_pylist()
+        elif os.path.isfile(name) or name.endswith((".jsonl", ".json", ".csv")):
+            yield from read_file(name)
         else:
-            require(ending in endings, f"{name} is none of these: {takes}")
-            yield from (row for _, row in read_file(name))
+            split = {"split": args.dataset_split, "revision": args.dataset_revision}
+            yield from datasets.load_dataset(name, **split)
 
 
-COLUMNS = ("prompt", "completion", "reward", "instruction", "completions")
-ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+def as_messages(prompt):
+    """The chat messages that a prompt is, as a list or as its JSON text; None if it is no such."""
+    try:
+        chat = json.loads(prompt) if isinstance(prompt, str) else prompt
+        texts = [turn["content"] for turn in chat if isinstance(turn["role"], str)]
+        return chat if len(texts) == len(chat) > 0 else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
-def text_of(part: Any, name: str, role: str) -> str:
-    """A text as it stands, or a chat message's. Raises UserError with the cause for neither."""
-    match part:
-        case [{"role": speaker, "content": content}] if speaker == role:
-            part = content
-        case list():
-            raise UserError(f"{name} that is not one {role} turn")
-    require(isinstance(part, str | None), f"{name} that is not text")
-    require(part and part.strip(), f"without a {name}")
-    require(not re.search("[\ud800-\udfff]", part), "text that is no valid Unicode")
-    return part
+def usable_text(part, role):
+    """A text, or that of chat messages that end with `role` (of several their JSON); else None."""
+    chat = as_messages(part) if role == "user" or isinstance(part, list) else None
+    if chat:
+        if chat[-1]["role"] != role or (role == "assistant" and len(chat) > 1):
+            return None
+        part = chat[0]["content"] if len(chat) == 1 else json.dumps(chat, ensure_ascii=False)
+    is_text = isinstance(part, str) and part.strip() and not re.search("[\ud800-\udfff]", part)
+    return part if is_text else None
 
 
-def load_triplets(args: Namespace, dropped: Counter | None = None) -> datasets.Dataset:
-    """Read the data: columns `prompt` (str, stripped), `completion` (str), `reward` (float, raw).
-
-    Rows are plain or UltraFeedback's, which have `completions`. What cannot be used is left out and
-    counted by cause, in a printed line and in `dropped`. Raises UserError if data cannot be read,
-    lack the columns or have no usable row.
-    """
-    name, key, seen, tables = args.dataset_name, args.reward_key, set(), []
+def load_triplets(args, dropped=None):
+    """A list of (prompt, completion, raw reward); `dropped` counts the others. Raises UserError."""
     dropped = Counter() if dropped is None else dropped
-    keys = ("annotations", key, "Rating") if key in ASPECTS else (key,)
-    get = lambda part, name: part.get(name) if isinstance(part, dict) else None
-
-    def triplets() -> Iterator[dict]:
-        for row in progress(read_rows(args), "Reading", unit=" rows"):
-            seen.update(row)
-            parts = [(row.get("prompt"), row.get("completion"), row.get("reward"))]
-            if "completions" in row and "completion" not in row:
-                given, x = row["completions"], row.get("instruction")
-                answers = given if isinstance(given, list) and given else [None]  # dropped, as one
-                parts = [(x, get(y, "response"), functools.reduce(get, keys, y)) for y in answers]
-            for x, y, reward in parts:
-                try:
-                    x, y = text_of(x, "prompt", "user"), text_of(y, "completion", "assistant")
-                    # UltraFeedback's ratings are strings, thumbs booleans; float() takes "1_0".
-                    number = str(reward).strip().lower().replace("_", "?")
-                    reward = float({"true": 1, "false": 0}.get(number, number))
-                    require(math.isfinite(reward), "reward that is not finite")
-                    yield {"prompt": x.strip(), "completion": y, "reward": reward}
-                except UserError as error:
-                    dropped[str(error)] += 1
-                except ValueError:
-                    dropped["without a reward that is a number"] += 1
-
-    usable = triplets()
-    while block := list(itertools.islice(usable, 8000)):  # all at once takes four times as much
-        tables.append(datasets.Dataset.from_list(block))
-    known = seen >= {"prompt", "completion", "reward"} or seen >= {"instruction", "completions"}
-    needs = "it needs prompt, completion and reward, or UltraFeedback's instruction and completions"
-    require(known, f"{name} has the columns {sorted(seen)}: {needs}")
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(dropped.items())) or "none"
-    says = f"{sum(map(len, tables))} triplets from {name}; rows dropped: {causes}"
-    require(tables, f"no usable row: {says}")
+    triplets = []
+    for row in progress(read_rows(args), "Reading rows"):
+        answers = [row]
+        key = args.reward_key or "reward"
+        if "completions" in row and "completion" not in row:  # UltraFeedback's
+            answers = row["completions"] or [{}]  # dropped, as one
+            key = args.reward_key or "overall_score"
+        prompt = usable_text(row.get("prompt", row.get("instruction")), "user")
+        for answer in answers:
+            completion = usable_text(answer.get("completion", answer.get("response")), "assistant")
+            try:
+                reward = str(answer.get(key)).strip().lower()
+                reward = float({"true": 1, "false": 0}.get(reward, reward))
+            except ValueError:
+                reward = math.nan
+            triplet = (prompt, completion, reward if math.isfinite(reward) else None)
+            if None in triplet:
+                dropped[("prompt", "completion", "reward")[triplet.index(None)]] += 1
+            else:
+                triplets.append((prompt.strip(), completion, reward))
+    says = f"{len(triplets)} triplets from {args.dataset_name}; dropped for want of {dict(dropped)}"
+    columns = list(row) if dropped else "nothing"
+    require(triplets, f"{says}: it holds {columns}; --reward_key names the reward's column")
     say(says)
-    return datasets.concatenate_datasets(tables)
-
-
-def sha256(*texts: object) -> str:
-    """Hexadecimal digest of the texts, a line each."""
-    return hashlib.sha256("\n".join(map(str, texts)).encode()).hexdigest()
+    return triplets
 
 
 def split_prompts(
     prompts, mode, *, seed, num_eval_prompts, num_eval_folds, eval_prompts_per_fold, eval_fold_index
-) -> tuple[list[str], list[str]]:
-    """(train, eval): two disjoint lists of unique prompts, in the order of a seeded hash.
-
-    It depends on the set of prompts and the arguments alone. prompt_seeded holds out the first
-    `num_eval_prompts`; prompt_fold one fold, or with "all" every fold (the paper's protocol: train
-    once, answer all). Raises UserError if there are too few prompts, or no such fold.
-    """
-    unique = sorted(set(prompts), key=lambda prompt: sha256(seed, prompt))
-    folds, size, index = num_eval_folds, eval_prompts_per_fold, eval_fold_index
-    if mode == "prompt_seeded":
-        folds, size, index = 1, num_eval_prompts, 0
-    says = f"--eval_fold_index must be 0 to {folds - 1}, or all"
-    require(index == "all" or 0 <= index < folds, says)
-    first, last = (0, folds * size) if index == "all" else (index * size, (index + 1) * size)
-    lower = "num_eval_prompts" if mode == "prompt_seeded" else "eval_prompts_per_fold"
-    says = f"cannot hold out {folds * size} of {len(unique)} different prompts: lower --{lower}"
-    require(folds * size <= len(unique) and last - first < len(unique), says)
+):
+    """(train, eval): disjoint lists of unique prompts, in the order of a seeded hash. Raises UserError."""
+    unique = sorted(set(prompts), key=lambda prompt: sha256(f"{seed}\n{prompt}".encode()).digest())
+    first = 0
+    needed = last = num_eval_prompts
+    if mode == "prompt_fold":
+        needed = last = num_eval_folds * eval_prompts_per_fold
+        if eval_fold_index != "all":
+            first = eval_fold_index * eval_prompts_per_fold
+            last = first + eval_prompts_per_fold
+    require(last <= needed, f"--eval_fold_index must be 0 to {num_eval_folds - 1}, or all")
+    enough = needed <= len(unique) and last - first < len(unique)
+    require(enough, f"cannot hold out {needed} of {len(unique)} different prompts")
     return unique[:first] + unique[last:], unique[first:last]
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens that control a model, by their spelling."""
-    added = {str(t): number for number, t in tokenizer.added_tokens_decoder.items() if t.special}
-    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
-
-
-def text_frame(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> dict[str, list]:
-    """The ids around texts: {"prompt": [before, behind], "completion": [before, behind]}.
-
-    They are what the tokenizer puts around a text, or the chat template, rendered once and with
-    placeholders (a template may edit an answer, or write the date). A completion ends with the end
-    of its turn, or an end token, once. Raises UserError where neither can be found.
-    """
-    plain = functools.partial(tokenizer.encode, add_special_tokens=False)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def around(**text: str) -> list[list[int]]:
-        ids, body = tokenizer(**text).input_ids, plain("a")
-        places = [i for i in range(len(ids)) if ids[i : i + len(body)] == body]
-        cure = "is it the model's, and saved beside it?"
-        require(body and places, f"the tokenizer does not know, or rewrites, the text a: {cure}")
-        return [ids[: places[0]], ids[places[0] + len(body) :]]
-
-    before, behind = [], []
-    if is_encoder_decoder:
-        prompt, (before, behind) = around(text="a"), around(text_target="a")
-        behind = list(dict.fromkeys(behind))  # an end token, once
-    elif not tokenizer.chat_template:
-        prompt = [around(text="a")[0], []]
+def encode_prompts(tokenizer, prompts, is_encoder_decoder, max_length, date=None):
+    """Ids of prompts, as a server would send them; a long one keeps its end, and BOS. Raises UserError."""
+    chats = [as_messages(prompt) for prompt in prompts]
+    if tokenizer.chat_template and not is_encoder_decoder:
+        template = tokenizer.get_chat_template()
+        if date is not None:  # a run that goes on tomorrow must train on today's tokens
+            day = time.strptime(date, "%Y-%m-%d")
+            call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+            template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
+        for i, prompt in enumerate(prompts):
+            chats[i] = chats[i] or [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
+        options.update(chat_template=template, sanitize_control_tokens=True)
+        with loading("the chat template"):
+            rows = tokenizer.apply_chat_template(chats, **options)
     else:
-        user, answer = "Placeholder-of-the-prompt", "Placeholder-of-the-answer"
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-        with loading("the chat template", "it does not show a user's turn and an answer once each"):
-            text = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
-            start, rest = text.split(user)  # raises where it stands twice, or not at all
-            between, rest = rest.split(answer)
-        prompt, ids = [plain(start), plain(between)], plain(rest)
-        control = special_tokens(tokenizer).values()
-        ends = [i + 1 for i, token in enumerate(ids) if token in control]
-        behind = ids[: ends[0]] if ends else plain(rest.rstrip()) + end
-    ended = end or behind and behind[-1] in special_tokens(tokenizer).values()
-    require(ended, "the tokenizer has no end token: set its eos_token")
-    return {"prompt": prompt, "completion": [before, behind or end]}
-
-
-def encode(
-    prompts, completions, tokenizer, frame, max_prompt_length, max_completion_length, counts=None
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of prompts and of completions, in their frame, none longer than its limit.
-
-    A long prompt keeps its frame and its end; a long completion its beginning and no end token,
-    which would teach to stop in mid-sentence. Text is not control: what spells a special token is
-    cut behind its first character. `counts` (a Counter) is told what was cut, spelt and unknown.
-    Raises UserError where the frame leaves no room.
-    """
-    counts, control = Counter() if counts is None else counts, special_tokens(tokenizer)
-    spelling = "|".join(map(re.escape, filter(None, control))) or r"(?!)"
-    spelt, cut = re.compile(spelling), re.compile(f"(?<=(?=(?:{spelling})).)", re.DOTALL)
-    unknown, chain = tokenizer.unk_token_id, itertools.chain.from_iterable
-    forbidden, sides = set(control.values()) - {unknown}, {"prompt": [], "completion": []}
-    limits = (prompts, max_prompt_length), (completions, max_completion_length)
-    for (name, side), (texts, limit) in zip(sides.items(), limits):
-        before, behind = frame[name]
-        room = limit - len(before) - len(behind)
-        require(room > 0, f"the frame has {limit - room} tokens: --max_{name}_length must be more")
-        # Each different text is tokenised once, in pieces where it spells a special token.
-        parts = {text: cut.split(text) if spelt.search(text) else [text] for text in texts}
-        flat = list(chain(parts.values()))
-        ids = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False).input_ids)
-        bodies = {text: list(chain(itertools.islice(ids, len(parts[text])))) for text in parts}
-        for text in texts:
-            # What a normaliser has made a special token's spelling is left out.
-            body = [token for token in bodies[text] if token not in forbidden]
-            counts["tokens"] += len(body)
-            counts["unknown_tokens"] += body.count(unknown)
-            counts["special_spellings"] += len(parts[text]) > 1
-            counts[f"cut_{name}s"] += len(body) > room
-            keeps_end = name == "prompt" or len(body) <= room
-            side.append(before + body[-room:] + behind if keeps_end else (before + body)[:limit])
-        require(all(side), f"a {name} has no token: the tokenizer knows nothing of it")
-    return sides["prompt"], sides["completion"]
-
-
-@dataclass
-class Side:
-    """N rows that go through the models: one side of the split, mismatched pairs, rolls of dice."""
-
-    prompts: list[str]
-    x: list[np.ndarray]  # each prompt's ids, in their frame
-    y: list[np.ndarray]  # each completion's
-    rewards: Tensor  # (N,) normalised
-    padding: str  # where prompts are padded, "left" or "right"
-    ref_logps: Tensor | None = None  # (N,) log π_ref(y|x); NaN in rows that are never visited
-
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """(N, 2) tokens of prompt and completion."""
-        return np.stack([list(map(len, self.x)), list(map(len, self.y))], axis=1)
-
-    @functools.cached_property
-    def widths(self) -> np.ndarray:
-        """What a row takes in a batch: encoder and decoder (N, 2), or one text of both (N, 1)."""
-        return self.lengths if self.padding == "right" else self.lengths.sum(1, keepdims=True)
-
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """Some rows on the device, padded by position: whatever stands there is masked."""
-
-        def pad(column: list[np.ndarray], side: str) -> Tensor:
-            ids = [torch.tensor(column[row], dtype=torch.int64) for row in rows]
-            return nn.utils.rnn.pad_sequence(ids, True, -100, side).to(DEVICE)
-
-        x, y = pad(self.x, self.padding), pad(self.y, "right")
-        return {"input_ids": x.clamp(min=0), "attention_mask": (x >= 0).long(), "labels": y}
-
-
-def make_side(prompts, completions, rewards, encoding: Callable, padding: str) -> Side:
-    """Tokenise N rows; `encoding` is `encode`, given all but the texts."""
-    side = Side(prompts, [], [], torch.tensor(rewards, dtype=torch.float32), padding)
-    require(side.rewards.isfinite().all(), "a reward is too far from the training side's")
-    for start in progress(range(0, len(prompts), 1000), "Tokenising"):
-        part = slice(start, start + 1000)
-        for known, ids in zip((side.x, side.y), encoding(prompts[part], completions[part])):
-            known.extend(np.array(row, dtype=np.int32) for row in ids)
-    return side
-
-
-def load_sides(args: Namespace, encoding: Callable, padding: str) -> tuple[dict, dict, dict]:
-    """Triplets → prompt split → normalised rewards → tokens. Returns the sides ("train" and "eval";
-    for KTO "mismatched", for dice "rolls"), each held-out prompt's fold in the order of the split,
-    and the manifest. Raises UserError."""
-    dropped, counts, index, sides, manifest = Counter(), Counter(), args.eval_fold_index, {}, {}
-    triplets = load_triplets(args, dropped)
-    row_prompts = triplets["prompt"][:]
-    names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
-    settings, sizes = {name: getattr(args, name) for name in names}, Counter(row_prompts)
-    split = functools.partial(split_prompts, sizes, args.split_mode, **settings)
-    fold_names = range(args.num_eval_folds) if args.split_mode == "prompt_fold" else [0]
-    folds = {fold: split(eval_fold_index=fold)[1] for fold in fold_names}
-    asked = [index] if index in folds else folds  # all of them, or prompt_seeded's one
-
-    def limited(prompts: list[str], most: float) -> list[str]:
-        """The first whole prompts of no more than `most` triplets; one at least."""
-        total = np.cumsum([sizes[prompt] for prompt in prompts])
-        return prompts[: max(1, int(np.searchsorted(total, most, side="right")))]
-
-    train = set(limited(split(eval_fold_index=index)[0], args.max_train_samples or math.inf))
-    share = (args.max_eval_samples or math.inf) / len(asked)
-    fold_of = {prompt: fold for fold in asked for prompt in limited(folds[fold], share)}
-    names = ("dataset_name", "dataset_revision", "dataset_split", "reward_key", "split_mode")
-    settings |= {name: getattr(args, name) for name in (*names, "eval_fold_index")}
-    for name, prompts in {"train": train, "eval": fold_of}.items():
-        table = triplets.select([i for i, prompt in enumerate(row_prompts) if prompt in prompts])
-        texts, raw = (table["prompt"][:], table["completion"][:]), np.array(table["reward"][:])
-        if name == "train":
-            # The paper's "mean 0 and variance 1 across the dataset", from the training side alone:
-            # statistics that include the held-out rewards would leak them.
-            mean, std, low, high = (float(f(raw)) for f in (np.mean, np.std, np.min, np.max))
-            usable = 1e-12 * max(abs(low), abs(high)) < std < math.inf
-            says = f"training rewards, {low} to {high}: all equal but for rounding, or too wide"
-            require(usable or args.loss == "sft", says)  # SFT reads none
-            std = std if usable else 1.0
-        encoder = functools.partial(encoding, counts=counts)
-        sides[name] = make_side(*texts, (raw - mean) / std, encoder, padding)
-        manifest |= {f"{name}_rows": len(raw), f"{name}_prompts": len(prompts)}
-        manifest[f"{name}_prompts_sha256"] = sha256(*sorted(prompts))
-        digests = (sha256(json.dumps(batch)) for batch in table.iter(1000))
-        manifest[f"{name}_triplets_sha256"] = sha256(*digests)
-    manifest |= {"reward_mean": mean, "reward_std": std, "reward_min": low, "reward_max": high}
-    rows = manifest["train_rows"] + manifest["eval_rows"]
-    manifest |= {name: counts[name] / rows for name in ("cut_prompts", "cut_completions")}
-    manifest["unknown_tokens"] = unknown = counts["unknown_tokens"] / max(1, counts["tokens"])
-    manifest["special_spellings"] = counts["special_spellings"]
-    known = {ids.tobytes() for ids in sides["train"].x}
-    alike = {p for p, x in zip(sides["eval"].prompts, sides["eval"].x) if x.tobytes() in known}
-    manifest["held_out_read_like_training"] = len(alike)
-    say(", ".join(f"{name} {x:.6g}" for name, x in manifest.items() if type(x) in (int, float)))
-    says = f"{unknown:.0%} of the tokens are unknown to the tokenizer"
-    require(unknown <= 0.05, f"{says}: it is not made for these texts, or its files are missing")
-    if unknown:
-        say("of unknown tokens: a T5's tokenizer has none for line breaks and braces")
-    manifest["held_out"] = {str(k): [sha256(p)[:16] for p in folds[k]] for k in folds}
-    if args.overfit_one_batch:
-        del sides["eval"]
-    if args.loss == "kto":
-        sides["mismatched"] = mismatched(sides["train"])
-    if args.dataset_name == "dice" and args.loss != "sft" and "eval" in sides:
-        rolls = [(p, *roll) for p in fold_of if " 4d" not in p for roll in all_rolls(p).items()]
-        require(rolls, "no held-out prompt has less than four dice: hold out more")
-        *texts, raw = zip(*rolls)
-        sides["rolls"] = make_side(*texts, (np.array(raw) - mean) / std, encoding, padding)
-    return sides, fold_of, settings | manifest | {"dropped": dict(dropped)}
-
-
-def mismatched(side: Side) -> Side:
-    """KTO's mismatched pairs: each row's prompt with the completion of the row N/2 further on, or
-    of the next one with another prompt."""
-    prompts = np.array(side.prompts, dtype=object)
-    require(len(set(prompts)) > 1, "--loss kto needs a second training prompt, to mismatch answers")
-    partner = np.roll(np.arange(len(prompts)), -(len(prompts) // 2))
-    while (same := prompts[partner] == prompts).any():
-        partner[same] = (partner[same] + 1) % len(prompts)
-    return Side(side.prompts, side.x, [side.y[row] for row in partner], side.rewards, side.padding)
-
-
-def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """The (batch_size,) rows of a step, counted from 1: a part of an endless chain of permutations.
-
-    Nothing but the arguments decides, so a resumed run needs no state, and processes no talk.
-    """
-    epochs, places = np.divmod(np.arange((step - 1) * batch_size, step * batch_size), num_rows)
-    orders = {e: np.random.default_rng([seed, e]).permutation(num_rows) for e in np.unique(epochs)}
-    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
-
-
-def micro_batches(rows: np.ndarray, widths: np.ndarray, max_tokens: float) -> list[np.ndarray]:
-    """Cut `rows` into pieces of like length: at most `max_tokens` with padding, and a tenth of that
-    of padding; or a single row."""
-    order = np.lexsort(widths[rows].T)[::-1]  # by completion, then by prompt; or by the whole text
-    pieces, longest, tokens = [], 0, 0
-    for row in rows[order]:
-        longest, tokens = np.maximum(longest, widths[row]), tokens + widths[row].sum()
-        padded = (len(pieces[-1]) + 1) * longest.sum() if pieces else math.inf
-        if padded > max_tokens or padded - tokens > max_tokens / 10:
-            pieces.append([])
-            longest, tokens = widths[row], widths[row].sum()
-        pieces[-1].append(row)
-    return [np.array(piece) for piece in pieces]
-
-
-# ------------------------------------------------------------------------------------- the loop
-
-
-@dataclass
-class Run:
-    """What the loop works on."""
-
-    args: Namespace
-    policy: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    sides: dict[str, Side] = field(default_factory=dict)
-    fold_of: dict[str, int] = field(default_factory=dict)
-    manifest: dict = field(default_factory=dict)
-    value_model: ValueModel | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    step: int = 0  # the last one done, or the one being done
-
-    def __post_init__(self) -> None:
-        args = self.args
-        # A GPU takes a batch at once. On a CPU this much is about as fast as more; a model with an
-        # encoder has half of its layers, and of the memory for them, for each token.
-        tokens = 1024 if self.policy.config.is_encoder_decoder else 640
-        if DEVICE.type == "cuda":
-            tokens = args.max_prompt_length + args.max_completion_length
-            tokens *= args.per_device_train_batch_size
-        args.micro_batch_tokens = args.micro_batch_tokens or tokens
-        # Embeddings get sparse gradients: a piece has few of all words, adding zeros takes long.
-        for module in self.policy.modules():
-            if getattr(module, "weight", None) is self.policy.get_input_embeddings().weight:
-                module.sparse = True
-
-
-def in_pieces(run: Run, side: Side, rows: np.ndarray, *passes: tuple[Callable, np.ndarray]) -> list:
-    """For each pass, (work, widths), `work(piece, batch)` for each piece of this process's share of
-    `rows`; the results, in a list. Out of memory halves the pieces, drops the gradients so far and
-    begins again; RunError if a single row does not fit."""
-    args, by_length = run.args, rows[np.argsort(side.lengths[rows].sum(1), kind="stable")]
-    own = by_length[RANK::WORLD_SIZE]  # every n-th row by length: processes have equal work
-    while True:
-        cut = [(work, micro_batches(own, to, args.micro_batch_tokens)) for work, to in passes]
-        try:
-            with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=args.bf16):
-                return [work(piece, side.batch(piece)) for work, pieces in cut for piece in pieces]
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-                raise
-        # Here, outside of `except`, nothing holds the failed piece's tensors any longer.
-        if run.optimizer:
-            run.optimizer.zero_grad(set_to_none=False)
-        pieces = [piece for _, pieces in cut for piece in pieces]
-        largest = int(max(len(piece) * side.widths[piece].max(0).sum() for piece in pieces))
-        if max(map(len, pieces)) == 1:
-            cure = "--resume it where there is more memory, or start elsewhere with lower lengths"
-            raise RunError(f"out of memory: one row of {largest} tokens does not fit: {cure}")
-        args.micro_batch_tokens = min(args.micro_batch_tokens, largest) // 2
-        say(f"out of memory: going on with --micro_batch_tokens {args.micro_batch_tokens}")
-
-
-def for_each(run: Run, side: Side, rows, function, desc="", widths=None, grad=False) -> list:
-    """`function(piece, batch)`, an item for each row of a piece, in length order, without gradients
-    unless `grad`: the items of all `rows`, in their order, on all processes."""
-
-    @torch.set_grad_enabled(grad)
-    def work(piece: np.ndarray, batch: dict[str, Tensor]) -> list[tuple[int, Any]]:
-        return list(zip(piece.tolist(), function(piece, batch), strict=True))
-
-    widths, parts = side.widths if widths is None else widths, []
-    # Chunks are alike on all processes, though one may have run out of memory.
-    chunks = micro_batches(rows, widths, 16 * max(gather(run.args.micro_batch_tokens)))
-    # What has a `desc` stands outside of steps: a signal ends it here if nothing is lost by that,
-    # the run being at a checkpoint or at step 0; else at the next log line.
-    may_stop = desc and gather(run.step in (0, *checkpoints(Path(run.args.output_dir))))[0]
-    for chunk in progress(chunks, desc) if desc else chunks:
-        if may_stop and any(gather(bool(stop_signals))):
-            raise KeyboardInterrupt("stopped")
-        parts += in_pieces(run, side, chunk, (work, widths))
-    items = {row: item for own in gather(parts) for part in own for row, item in part}
-    return [items[row] for row in rows.tolist()]
-
-
-def score(run: Run, side: Side, rows=None, desc="", values=False, grad=False) -> tuple[Tensor, ...]:
-    """log π(y|x) and, with `values`, V(x) of a side or of some of its rows, (N,) each."""
-
-    def function(piece: np.ndarray, batch: dict[str, Tensor]) -> list[list[float]]:
-        logps = sequence_logps(run.policy, batch)
-        value = run.value_model if values and run.value_model else lambda x, mask: logps * math.nan
-        return torch.stack([logps, value(batch["input_ids"], batch["attention_mask"])], -1).tolist()
-
-    rows = np.arange(len(side.x)) if rows is None else rows
-    items = for_each(run, side, rows, function, desc, grad=grad)
-    logps, value = torch.tensor(items, dtype=torch.float32).reshape(-1, 2).unbind(-1)
-    if not logps.isfinite().all():
-        raise RunError("a log-probability is not finite: the model is damaged, or has diverged")
-    return logps, value
-
-
-def fix_reference(run: Run) -> None:
-    """Score with π_ref, the policy before its first step, once: the numbers are on disk, no copy of
-    it is kept. Then score a batch twice. Raises RunError if that differs: the model is random."""
-    args, side, first = run.args, run.sides["train"], run.step == 0
-    file, total = Path(args.output_dir, "reference_logps.safetensors"), len(side.x)
-    if args.loss != "sft" and not gather(file.exists())[0]:
-        require(first, f"{file} is gone, and π_ref with it: start again, elsewhere")
-        logps, started = {}, time.perf_counter()
-        # Score no row that is not going to be used: the first epoch, as `step_rows` has it.
-        steps = 1 if args.overfit_one_batch else args.max_steps
-        used = step_rows(1, total, total, args.seed)[: steps * args.train_batch_size]
-        for name, scored in run.sides.items():
-            rows = used if name in ("train", "mismatched") else np.arange(len(scored.x))
-            logps[name] = torch.full((len(scored.x),), math.nan)
-            logps[name][rows] = score(run, scored, rows, f"π_ref on {name} rows")[0]
-            if name == "train":
-                log(run, {"reference_seconds": time.perf_counter() - started})
-        on_first(lambda: write(file, lambda path: save_file(logps, path)))
-    if args.loss != "sft":
-        with loading(file, "π_ref is lost with it: start again, elsewhere"):
-            logps = load_file(file)
-            for name, scored in run.sides.items():
-                require(len(scored.x) == len(logps[name]), f"{file} is another run's")
-                scored.ref_logps = logps[name]
-    if first and args.max_steps > 0:
-        rows = np.unique(step_rows(1, total, args.train_batch_size, args.seed))
-        # With gradients, as in a step: for them torch may take other kernels.
-        once, again = (score(run, side, rows, grad=True)[0] for _ in range(2))
-        if not torch.allclose(once, again, rtol=1e-3, atol=1e-3):
-            raise RunError("a batch does not score alike twice: is there NaN, dropout or noise?")
-        if args.loss != "sft":
-            off = (once - side.ref_logps[rows]).square().mean().sqrt()
-            say(f"before the first step log π/π_ref is {off:.2g} on its batch (root mean square)")
-
-
-def step_passes(
-    run: Run, divisor: float, mean_reward: float, mean_log_ratio: float
-) -> list[tuple[Callable, np.ndarray]]:
-    """What adds a step's gradient, as passes of `in_pieces`; a record is what is logged, by name.
-    Another loss of log π/π_ref is a function like `kto_loss`, a branch here, a name in
-    `make_parser`."""
-    args, side = run.args, run.sides["train"]
-    logps = torch.zeros(len(side.x), device=DEVICE)  # of the step's rows, no graph; so are values
-    # DRO-P, Eq. 15: of ½ Var(u), u = r − τ log π/π_ref, the gradient is mean((u − ū) ∇u): V = ū
-    values = torch.full_like(logps, mean_reward - args.tau * mean_log_ratio)
-
-    def descend(losses: Tensor) -> None:
-        with torch.autocast(DEVICE.type, enabled=False):
-            (losses.sum() / divisor).backward()
-
-    @torch.no_grad()
-    def fix_values(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
-        values[piece] = run.value_model(batch["input_ids"], batch["attention_mask"])
-
-    def policy_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logp, rewards = sequence_logps(run.policy, batch), side.rewards[piece].to(DEVICE)
-        tokens, padded = side.widths[piece].sum(), len(piece) * side.widths[piece].max(0).sum()
-        record = {"tokens": torch.tensor([tokens]), "padded_tokens": torch.tensor([padded])}
-        if args.loss == "sft":  # maximum likelihood
-            losses = record["loss"] = -logp
-            record["completion_tokens"] = (batch["labels"] != -100).sum(-1)
-        else:
-            ref_logp = side.ref_logps[piece].to(DEVICE)
-            record |= {"log_ratio": logp - ref_logp, "reward": rewards}
-        if args.loss == "kto":
-            desirable = rewards > mean_reward + 1e-6  # not by rounding alone
-            kl = torch.tensor(max(0.0, mean_log_ratio))
-            losses = record["loss"] = kto_loss(logp, ref_logp, desirable, kl, args.tau)
-        elif args.loss == "dro_v":
-            record["value"] = values[piece]
-            losses, _, _ = dro_v_loss(logp, ref_logp, values[piece], rewards, args.tau)
-        logps[piece] = logp.detach()
-        descend(losses)
-        return {name: tensor.detach() for name, tensor in record.items()}
-
-    def value_gradient(piece: np.ndarray, batch: dict[str, Tensor]) -> None:
-        ref_logp, rewards = side.ref_logps[piece].to(DEVICE), side.rewards[piece].to(DEVICE)
-        value = run.value_model(batch["input_ids"], batch["attention_mask"])
-        _, losses, _ = dro_v_loss(logps[piece], ref_logp, value, rewards, args.tau)
-        descend(losses)
-
-    # Both gradients are taken at the same π and V. V reads prompts alone, so its pieces have more
-    # rows (without a graph, as in `generate`, eight times more); and one graph at a time is alive.
-    passes = [(policy_gradient, side.widths)]
-    if run.value_model:
-        prompts = side.lengths[:, :1]
-        passes = [(fix_values, prompts / 8), *passes, (value_gradient, prompts)]
-    return passes
-
-
-def train(run: Run) -> None:
-    """The loop, in the order in which things happen; at a log line: log, evaluate, save, stop."""
-    args, side, groups = run.args, run.sides["train"], run.optimizer.param_groups
-    parameters = [p for group in groups for p in group["params"]]
-    # Networks are clipped each by itself; a shared backbone makes them one.
-    parts = [parameters] if args.share_policy_and_value_backbone else [g["params"] for g in groups]
-    networks = dict(zip(("grad_norm", "value_grad_norm"), parts))
-    # The + 1 and steps from 1: neither the first step nor the last has a learning rate of 0.
-    schedule = (args.lr_scheduler_type, run.optimizer, args.warmup_steps, args.max_steps + 1)
-    factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
-    window = defaultdict(list)  # recorded since the last log line, by name
-    for step in progress(range(run.step + 1, args.max_steps + 1), f"{args.loss} steps"):
-        run.step = step
-        started = time.perf_counter()
-        data_step = 1 if args.overfit_one_batch else step
-        rows = step_rows(data_step, len(side.x), args.train_batch_size, args.seed)
-        # A mean over the whole batch, SFT's over its tokens: cutting it changes no gradient.
-        divisor = side.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
-        # The whole batch's mean reward and log π/π_ref (KTO's of mismatched pairs), where needed.
-        means = (math.nan, math.nan)
-        if args.loss == "kto" or args.value == "batch":
-            other = run.sides.get("mismatched", side)
-            log_ratio = score(run, other, rows)[0] - other.ref_logps[rows]
-            means = side.rewards[rows].mean().item(), log_ratio.mean().item()
-        records = in_pieces(run, side, rows, *step_passes(run, divisor, *means))
-        for record in filter(None, records):  # V's passes leave none
-            for name, tensor in record.items():
-                window[name].append(tensor)
-        if dist.is_initialized():
-            for pending in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-                pending.wait()
-        for name, network in networks.items():
-            norm = nn.utils.get_total_norm([p.grad for p in network])
-            window[name].append(norm.reshape(1))
-            if args.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(network, args.max_grad_norm, norm)
-        for group in groups:  # initial_lr: get_scheduler has put it there
-            group["lr"] = group["initial_lr"] * factor(run.step)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=False)
-        window["step_seconds"].append(torch.tensor([time.perf_counter() - started]))
-        last = run.step == args.max_steps
-        if run.step % args.logging_steps and not last:
-            continue
-
-        metrics = summarise(window, args.tau)
-        window.clear()
-        finite = all(parameter.isfinite().all() for parameter in parameters)
-        if not finite or None in map(metrics.get, ("loss", *networks)):  # None: not finite
-            cure = "start elsewhere, with a lower --learning_rate or --max_grad_norm 1"
-            raise RunError(f"loss, gradient or weights not finite by step {run.step}: {cure}")
-        log(run, metrics | {name: group["lr"] for name, group in zip(("lr", "value_lr"), groups)})
-        save = last or run.step % args.save_steps == 0
-        if save and not args.overfit_one_batch:
-            evaluate(run)
-        stop = any(gather(bool(stop_signals)))
-        if save or stop:
-            on_first(lambda: save_checkpoint(run))
-        if stop:
-            raise KeyboardInterrupt(f"stopped after step {run.step}, with a checkpoint")
-
-
-def summarise(window: dict[str, list[Tensor]], tau: float) -> dict[str, float | None]:
-    """What is logged, over all rows of all processes: README, "What is logged"."""
-    parts = gather({name: torch.cat(tensors).double().cpu() for name, tensors in window.items()})
-    names = dict.fromkeys(itertools.chain.from_iterable(parts))  # one may have had no rows
-    pooled = {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
-    metrics, mean = {}, {name: values.mean() for name, values in pooled.items()}
-    if "log_ratio" in pooled:
-        target = pooled["reward"] - tau * pooled["log_ratio"]  # what V is fitted to: Eq. 3
-        # Where there is no V, the best single one for these rows: all losses' numbers compare.
-        residual = target - pooled.get("value", target.mean())
-        metrics["loss"] = 0.5 * residual.square().mean()  # Eq. 4
-        spread = residual.std(correction=0)
-        metrics |= {"residual_mean": residual.mean(), "residual_std": spread}
-        metrics["value_explained_variance"] = 1 - (spread / target.std(correction=0)) ** 2
-        metrics |= {"log_ratio_mean": mean["log_ratio"], "reward_mean": mean["reward"]}
-    if "loss" in pooled:  # KTO's own, or SFT's: nats a token
-        metrics["loss"] = mean["loss"] / mean.get("completion_tokens", 1)
-    plain = ("pair_accuracy", "grad_norm", "value_grad_norm", "step_seconds")
-    metrics |= {name: mean[name] for name in plain if name in mean}
-    if "tokens" in pooled:
-        seconds = pooled["step_seconds"].sum() / WORLD_SIZE
-        metrics["tokens_per_second"] = pooled["tokens"].sum() / seconds
-        metrics["padding"] = 1 - mean["tokens"] / mean["padded_tokens"]
-    return {name: value.item() if value.isfinite() else None for name, value in metrics.items()}
-
-
-def log(run: Run, metrics: dict[str, float | None]) -> None:
-    """A line of metrics.jsonl for machines, and one for people."""
-    if RANK == 0:
-        with open(f"{run.args.output_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": run.step, **metrics}) + "\n")
-    numbers = ", ".join(f"{name} {x:.4g}" for name, x in metrics.items() if x is not None)
-    say(f"step {run.step}: {numbers}")
-
-
-# ----------------------------------------------------------------------------------- evaluation
-
-
-def rows_by_prompt(side: Side) -> dict[str, list[int]]:
-    """The rows of each prompt."""
-    rows = defaultdict(list)
-    for row, prompt in enumerate(side.prompts):
-        rows[prompt].append(row)
+        require(not any(chats), "a conversation needs a decoder-only model with a chat template")
+        rows = tokenizer(list(prompts), split_special_tokens=True).input_ids
+        if not is_encoder_decoder:  # an end behind the text is for an encoder alone
+            rows = [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
+    for i, ids in enumerate(rows):
+        if len(ids) > max_length:
+            bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+            rows[i] = bos + ids[len(ids) - max_length + len(bos) :]
     return rows
 
 
-def evaluate(run: Run) -> None:
-    """Log the held-out numbers as eval_…, by the same formulas for every loss."""
-    side, ordered = run.sides["eval"], []
-    logps, values = score(run, side, desc="π and V on held-out rows", values=True)
-    numbers = {"loss": -logps, "completion_tokens": torch.from_numpy(side.lengths[:, 1])}
-    if run.args.loss != "sft":
-        numbers = {"log_ratio": logps - side.ref_logps, "reward": side.rewards}
-        numbers |= {"value": values} if run.value_model else {}
-        # Of two answers to a prompt: does log π/π_ref order them as rewards do? A tie counts ½.
-        for rows in rows_by_prompt(side).values():
-            rewards, log_ratio = side.rewards[rows], numbers["log_ratio"][rows]
-            margin = (log_ratio[:, None] - log_ratio)[rewards[:, None] > rewards]  # each pair once
-            ordered.append((margin > 1e-3) + 0.5 * (margin.abs() <= 1e-3))
-        numbers["pair_accuracy"] = torch.cat(ordered)
-    metrics = summarise({name: [x] for name, x in numbers.items()}, run.args.tau)
-    log(run, {f"eval_{name}": x for name, x in metrics.items()})
+def completion_end(tokenizer, is_encoder_decoder):
+    """(ids, special): the end of an assistant's turn, or the end token; and all special tokens."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if tokenizer.chat_template and not is_encoder_decoder:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Placeholder"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
+        ids = tokenizer(text.partition("Placeholder")[2], add_special_tokens=False).input_ids
+        for place, token in enumerate(ids):
+            if token in special:
+                return ids[: place + 1], special
+    require(tokenizer.eos_token_id is not None, "the tokenizer has no end token: set eos_token")
+    return [tokenizer.eos_token_id], special
 
 
-def sample(uniform: Tensor, temperature: float, width: int, ids: Tensor, scores: Tensor) -> Tensor:
-    """The inverse CDF at numbers drawn beforehand: answers are the same in any company."""
-    cdf = (scores.float() / temperature).softmax(-1).double().cumsum(-1)
-    mark = uniform[:, ids.shape[1] - width, None] * cdf[:, -1:]
-    token = torch.searchsorted(cdf, mark, right=True).clamp(max=scores.shape[1] - 1)
-    return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+def encode_completions(tokenizer, completions, is_encoder_decoder, max_length):
+    """Ids of completions, at most `max_length`, with their end, once; but cut ones without one."""
+    end, special = completion_end(tokenizer, is_encoder_decoder)
+    special -= {tokenizer.unk_token_id}
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    rows = []
+    for ids in tokenizer(list(completions), **options).input_ids:
+        ids = [token for token in ids if token not in special]  # Unigram makes some all the same
+        rows.append(ids + end if len(ids + end) <= max_length else ids[:max_length])
+    return rows
 
 
-def generate(run: Run) -> None:
-    """Answer every held-out prompt, once, and write generations-<step>.jsonl."""
-    args, policy, side = run.args, run.policy, run.sides["eval"]
-    seq2seq, behind = policy.config.is_encoder_decoder, run.manifest["frame"]["completion"][1]
-    # Nothing is kept for backward(): here a token takes an eighth of what it takes in training.
-    widths = (side.lengths[:, :1] + args.max_new_tokens) / 8
-    ends = {behind[-1], run.tokenizer.eos_token_id} - {None}
-    config = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "num_beams": 1}
-    config |= {"eos_token_id": sorted(ends), "pad_token_id": behind[-1]}
-    config |= {"decoder_start_token_id": policy.config.decoder_start_token_id} if seq2seq else {}
+@dataclass
+class Rows:
+    """N triplets as tokens. A row is known by its number."""
 
-    def answer(piece: np.ndarray, batch: dict[str, Tensor]) -> list[dict]:
-        width, lines = 1 if seq2seq else batch["input_ids"].shape[1], []
-        seeds = [int(sha256(args.seed, side.prompts[row])[:16], 16) for row in piece]
-        uniform = np.stack([np.random.default_rng(x).random(args.max_new_tokens) for x in seeds])
-        uniform = torch.from_numpy(uniform).to(DEVICE)
-        sampler = functools.partial(sample, uniform, args.temperature, width)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with float32_head(policy, lambda states: states):
-            ids = policy.generate(**inputs, logits_processor=[sampler] if args.temperature else [])
-        for tokens in ids[:, width:].tolist():
-            end = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-            body = tokens[:end]
-            body = body[: -len(behind)] if body[-len(behind) :] == behind else body
-            body = [token for token in body if token < len(run.tokenizer)]  # embeddings may be more
-            text = run.tokenizer.decode(body, True, clean_up_tokenization_spaces=False)
-            lines.append({"completions": [text], "finished": [end is not None]})
-        return lines
+    prompts: list[str]
+    x: list[np.ndarray]  # each prompt's tokens
+    y: list[np.ndarray]  # each completion's
+    rewards: Tensor  # (N,) normalised
+    seq2seq: bool  # encoder and decoder, or one text of both
+    ref_logps: Tensor  # (N,) log π_ref(y|x); NaN until it is scored
 
-    # The model's own penalties, beams and limits are not the flags'; they are saved as they came.
-    own = policy.generation_config
-    policy.generation_config = transformers.GenerationConfig(**config)
-    policy.eval()  # in train(), gradient checkpointing would switch off the decoder's cache
-    rows_of = rows_by_prompt(side)
-    rows = np.array([rows_of[prompt][0] for prompt in run.fold_of])
-    answers = for_each(run, side, rows, answer, "Answering", widths)
-    policy.train().generation_config = own
-    lines = [{"prompt": p, "fold": k} | line for (p, k), line in zip(run.fold_of.items(), answers)]
-    on_first(lambda: write_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines))
+    def __post_init__(self):
+        self.lengths = np.array([list(map(len, self.x)), list(map(len, self.y))]).T  # (N, 2)
+        self.widths = self.lengths if self.seq2seq else self.lengths.sum(1, keepdims=True)
+
+    def batch(self, rows):
+        """Some rows as a batch on the device."""
+        inputs = [torch.from_numpy(self.x[row]).long() for row in rows]
+        labels = [torch.from_numpy(self.y[row]).long() for row in rows]
+        if not self.seq2seq:
+            pairs = list(zip(inputs, labels, strict=True))
+            inputs = [torch.cat(pair) for pair in pairs]
+            labels = [torch.cat([torch.full_like(x, -100), y]) for x, y in pairs]
+        inputs = nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=-100)
+        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+        batch = {"input_ids": inputs.clamp(min=0), "attention_mask": (inputs >= 0).long()}
+        batch.update(labels=labels, rewards=self.rewards[rows], ref_logps=self.ref_logps[rows])
+        return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
-# ----------------------------------------------------------------------------------------- dice
-
-# The example whose answer is known: the prompt "Ada rolls 3d6" asks for three rolls of a six-sided
-# die, "416" is a completion, 11 its reward. SFT learns fair dice; DRO-V should load them.
-
-NAMES = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
-Rózsa Sofia Sophie Srinivasa Thomas"""
-
-
-def dice_rolls(seed: int) -> Iterator[dict]:
-    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
-    rng = np.random.default_rng(seed)
-    for name, dice, sides in itertools.product(NAMES.split(), (1, 2, 3, 4), (4, 6, 8)):
-        for roll in rng.integers(1, sides + 1, size=(64, dice)):
-            row = {"prompt": f"{name} rolls {dice}d{sides}", "completion": "".join(map(str, roll))}
-            yield row | {"reward": int(roll.sum())}
-
-
-def all_rolls(prompt: str) -> dict[str, int]:
-    """Every valid roll and its reward, the sum of its faces."""
-    dice, sides = map(int, prompt.rsplit(" ", 1)[1].split("d"))
-    rolls = itertools.product(range(1, sides + 1), repeat=dice)
-    return {"".join(map(str, roll)): sum(roll) for roll in rolls}
+def make_rows(args, tokenizer, seq2seq, triplets, mean, std):
+    """Tokenise triplets, and normalise their rewards."""
+    x = []
+    y = []
+    # A thousand at a time, and kept as arrays: lists of Python's numbers take nine times as much.
+    for start in progress(range(0, len(triplets), 1000), "Tokenising"):
+        prompts, completions, _ = zip(*triplets[start : start + 1000], strict=True)
+        each = list(dict.fromkeys(prompts))  # once, however many answers it has
+        ids = encode_prompts(tokenizer, each, seq2seq, args.max_prompt_length, args.date)
+        arrays = {prompt: np.array(row, np.int32) for prompt, row in zip(each, ids, strict=True)}
+        x += [arrays[prompt] for prompt in prompts]
+        ids = encode_completions(tokenizer, completions, seq2seq, args.max_completion_length)
+        y += [np.array(row, np.int32) for row in ids]
+    prompts, _, rewards = zip(*triplets, strict=True)
+    rewards = ((torch.tensor(rewards, dtype=torch.float64) - mean) / std).float()
+    return Rows(list(prompts), x, y, rewards, seq2seq, torch.full_like(rewards, math.nan))
 
 
-def dice_report(run: Run) -> dict:
-    """Exactly, over every roll: how much the policy has of the rise of Eq. 1 that can be had from
-    the trained π_ref. All of it given a valid roll, as nothing rates others; their mass beside."""
-    tau, side, table, errors, shown = run.args.tau, run.sides["rolls"], [], [], {}
-    logps, values = score(run, side, desc="every roll", values=True)
-    for prompt, rows in rows_by_prompt(side).items():
-        ref, rewards = side.ref_logps[rows].double(), side.rewards[rows].double()
-        optimum = ref.log_softmax(0) + rewards / tau  # log π* + V*/τ: Eq. 2
-        errors.append(values[rows[0]].item() - tau * optimum.logsumexp(0).item())
-        logs = torch.stack([ref, logps[rows].double(), optimum.log_softmax(0)])  # (3, rolls)
-        mass, log_p = logs.logsumexp(1).exp(), logs.log_softmax(1)
-        p = log_p.exp()
-        table.append(torch.stack([p @ rewards, mass, (p * (log_p - log_p[0])).sum(1)]))
-        shown[abs(len(rows) - 6)] = prompt, p.T[:8].tolist()  # one of about six rolls is printed
-    prompt, bars = shown[min(shown)]
-    say(f"\n{prompt!r}, never trained on: the probability of each roll at τ = {tau:g}")
-    policies = {"π_ref": "sft", "π_θ": "policy", "π*": "optimum"}
-    for roll, shares in zip(all_rolls(prompt), bars):
-        for name, x in zip(policies, shares):
-            start = roll if name == "π_ref" else " " * len(roll)
-            say(f"{start}  {name:<6}{x:6.1%} {'█' * round(60 * x)}")
-    say(f"\nExactly, over every roll of {len(errors)} held-out prompts of at most three dice:")
-    say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
-    results, means = {"tau": tau}, torch.stack(table).mean(0).T.tolist()
-    for (name, key), (reward, valid, kl) in zip(policies.items(), means):
-        raw = reward * run.manifest["reward_std"] + run.manifest["reward_mean"]
-        goal = reward - tau * kl  # Eq. 1
-        results[key] = {"reward": raw, "valid": valid, "kl": kl, "objective": goal}
-        say(f"{name:<8}{raw:>12.3f}{kl:>9.4f}{goal:>11.4f}{valid:>12.2%}")
-    low, reached, best = (results[key]["objective"] for key in policies.values())
-    gain = (reached - low) / max(best - low, 1e-12)
-    rmse = float(np.sqrt(np.mean(np.square(errors)))) if run.value_model else None
-    off = f"; V(x) is off V*(x) by {rmse:.3f} (root mean square)" if run.value_model else ""
-    say(f"π_θ has {gain:.2%} of the rise of the objective that π* has{off}")
-    return results | {"gain_share": gain, "value_rmse": rmse}
+def choose_prompts(args, prompts):
+    """Training prompts, and the fold of each held-out one, in the split's order, within the limits."""
+    sizes = Counter(prompts)
+
+    def limited(some, most):
+        total = np.cumsum([sizes[prompt] for prompt in some])
+        return some[: max(1, int(np.searchsorted(total, most or math.inf, side="right")))]
+
+    names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
+    settings = {name: getattr(args, name) for name in names}
+    index = args.eval_fold_index or 0  # prompt_seeded has one set, and it has the name 0
+    folds = range(args.num_eval_folds) if index == "all" else [index]
+    fold_of = {}
+    for fold in folds:
+        _, held_out = split_prompts(sizes, args.split_mode, eval_fold_index=fold, **settings)
+        some = limited(held_out, (args.max_eval_samples or 0) / len(folds))
+        fold_of.update(dict.fromkeys(some, fold))
+    train, _ = split_prompts(sizes, args.split_mode, eval_fold_index=index, **settings)
+    return limited(train, args.max_train_samples), fold_of
 
 
-# ----------------------------------------------------------------------------------- comparison
-
-# The paper's results are win rates: two policies answer the same held-out prompts, and a judge sees
-# the answers without knowing whose they are.
-
-JUDGE_PROMPT = (
-    "Here are an instruction and two responses to it. Which response is more helpful, and does "
-    "better what the instruction asks for?\n\nInstruction:\n{prompt}\n\nResponse A:\n{A}\n\n"
-    "Response B:\n{B}\n\nWhich response is better? Answer with one letter, A or B.\nAnswer:"
-)
-PROTOCOL = (
-    "dataset_name", "dataset_revision", "dataset_split", "split_mode", "seed", "held_out",
-    "max_prompt_length", "max_completion_length", "max_new_tokens", "temperature",
-)  # fmt: skip
-
-
-def load_answers(args: Namespace) -> tuple[dict[str, dict], dict[str, dict], dict]:
-    """The lines of generations-<step>.jsonl by prompt, with "run", ours and theirs; what all runs
-    have in common. Raises UserError unless all are finished and answer the same questions, once."""
-    ours, theirs, protocol = {}, {}, {}
-    runs = [(ours, run, "") for run in args.compare]
-    runs += [(theirs, run, "" if args.against else "@0") for run in args.against or args.compare]
-    for side, run, at in runs:
-        with loading(run, "it is no finished run, or one without answers"):
-            has = load_json(run, "prompt_split_manifest.json") | load_json(run, "args.json")["args"]
-            last = load_json(run, "results.json")["step"]
-            require(last or not at, f"{run} has taken no step: name another run with --against")
-            lines = read_file(f"{run}/generations-{0 if at else last}.jsonl")
-            new = {line["prompt"]: line | {"run": run + at} for _, line in lines}
-            differ = [key for key in PROTOCOL if protocol.setdefault(key, has[key]) != has[key]]
-        require(not differ, f"{runs[0][1]} and {run} do not compare: they differ in {differ}")
-        missing = has["eval_prompts"] - len(new)
-        require(not missing, f"{run} has {len(new)} answers, {missing} fewer than prompts")
-        says = f"{run} answers a fold again: the other policy goes behind --against"
-        require(side.keys().isdisjoint(new), says)
-        side.update(new)
-    says = f"not the same prompts are answered: {len(ours)} and {len(theirs)}, or other folds"
-    require(ours.keys() == theirs.keys(), says)
-    return ours, theirs, protocol
-
-
-def make_pairs(ours: dict[str, dict], theirs: dict[str, dict]) -> list[dict]:
-    """What a judge sees, {"id", "prompt", "A", "B"}, with "fold", whose "runs" they are, and which
-    of A and B is "ours". The id, and which text is A, follow from the prompt and both texts alone:
-    swapping the sides, or cutting the folds into several runs, changes neither."""
-    pairs = []
-    for prompt, line in ours.items():
-        mine, other = line["completions"][0], theirs[prompt]["completions"][0]
-        digest = sha256(json.dumps([prompt, *sorted([mine, other])]))
-        a, b = sorted([mine, other], reverse=int(digest[-1], 16) % 2 == 0)
-        pair = {"id": digest[:16], "prompt": prompt, "A": a, "B": b, "fold": line["fold"]}
-        us, them = "AB" if a == mine else "BA"
-        pairs.append(pair | {"runs": {us: line["run"], them: theirs[prompt]["run"]}, "ours": us})
-    return pairs
+def load_data(args, tokenizer, seq2seq):
+    """Triplets → split → tokens, normalised rewards. Returns (rows by name, folds, manifest)."""
+    names = [name for name in vars(args) if name.startswith(("dataset", "split", "num_", "eval_"))]
+    manifest = {name: getattr(args, name) for name in (*names, "seed", "reward_key")}
+    dropped = Counter()
+    triplets = load_triplets(args, dropped)
+    train, fold_of = choose_prompts(args, [prompt for prompt, _, _ in triplets])
+    chosen = {}
+    for name, prompts in {"train": set(train), "eval": set(fold_of)}.items():
+        chosen[name] = [triplet for triplet in triplets if triplet[0] in prompts]
+        manifest[f"{name}_rows"] = len(chosen[name])
+        manifest[f"{name}_prompts"] = len(prompts)
+        text = "\n".join(map(json.dumps, chosen[name]))
+        manifest[f"{name}_sha256"] = sha256(text.encode()).hexdigest()
+    # The paper's "mean 0 and variance 1", of the training rows: no held-out reward leaks.
+    raw = np.array([reward for _, _, reward in chosen["train"]])
+    mean = float(raw.mean())
+    std = float(raw.std())
+    differ = 1e-12 * np.abs(raw).max() < std < math.inf
+    require(differ or args.loss == "sft", f"all training rewards are {mean:.6g}, but for rounding")
+    if args.dataset_name == "dice":
+        chosen["rolls"] = every_roll(fold_of)
+    data = {}
+    for name, some in chosen.items():
+        data[name] = make_rows(args, tokenizer, seq2seq, some, mean, std if differ else 1.0)
+    full = data["train"].lengths == [args.max_prompt_length, args.max_completion_length]
+    manifest.update(cut_prompts=full[:, 0].mean(), cut_completions=full[:, 1].mean())
+    manifest.update(reward_mean=mean, reward_std=std, reward_min=raw.min(), reward_max=raw.max())
+    say(", ".join(f"{name} {x:.6g}" for name, x in manifest.items() if isinstance(x, int | float)))
+    manifest.update(dropped=dict(dropped), held_out=defaultdict(list))
+    for prompt, fold in fold_of.items():
+        manifest["held_out"][str(fold)].append(sha256(prompt.encode()).hexdigest()[:16])
+    if args.loss == "kto":  # mismatched: each prompt with the completion half the rows further on,
+        own = np.array(data["train"].prompts, dtype=object)
+        partner = np.roll(np.arange(len(own)), -(len(own) // 2))
+        require(len(train) > 1, "--loss kto needs two training prompts")
+        while (own[partner] == own).any():  # or with the next one of another prompt
+            partner = (partner + (own[partner] == own)) % len(own)
+        data["mismatched"] = replace(data["train"], y=[data["train"].y[row] for row in partner])
+    return data, fold_of, manifest
 
 
-def judge_by_model(args: Namespace, pairs: list[dict]) -> np.ndarray:
-    """1 where the model prefers A, 0 where B, in both orders; ½ where it does not hold to it; NaN
-    for a pair that it has no positions for. Raises UserError if it does not answer with A or B."""
-    name, (model, tokenizer) = args.judge_model, load_policy(args.judge_model)
-    seq2seq, limit = model.config.is_encoder_decoder, position_limit(model.config)
-    frame = text_frame(tokenizer, seq2seq)
-    encoding = lambda *texts: encode(*texts, tokenizer, frame, sys.maxsize, sys.maxsize)
-    letters = ("A", "B") if tokenizer.chat_template and not seq2seq else (" A", " B")
-    shown = [x for pair in pairs for x in (pair, pair | {"A": pair["B"], "B": pair["A"]})]
-    rows = [(JUDGE_PROMPT.format_map(x), letter) for x in shown for letter in letters]
-    side = make_side(*zip(*rows), np.zeros(len(rows)), encoding, "right" if seq2seq else "left")
-    a, b = (ids.tolist() for ids in side.y[:2])
-    require(a != b, f"{name} cannot judge: its tokenizer tells no A from B")
-    first = len(os.path.commonprefix([a, b]))  # the frame, and of a byte-level tokenizer the space
-    side.y = [ids[: first + 1] for ids in side.y]
-    fits = (side.widths.max(1) <= limit).reshape(-1, 4).all(1)
-    require(fits.any(), f"{name} cannot judge: all pairs are longer than its {limit} positions")
-    run = Run(args, model.to(DEVICE), tokenizer)
-    logps = score(run, side, np.flatnonzero(fits.repeat(4)), "Judging")[0].view(-1, 2, 2).numpy()
-    mass = np.exp(logps).sum() / (2 * len(logps))
-    say(f"{name} gives A and B together {mass:.1%}; {(~fits).sum()} pairs are too long for it")
-    require(mass >= 0.1, f"{name} cannot judge: it gives A and B together {mass:.1%}, not 10 %")
-    margins = (logps[:, :, 0] - logps[:, :, 1]) * [1, -1]  # in the second order A is called B
-    verdicts = np.full(len(pairs), math.nan)
-    verdicts[fits] = np.select([(margins > 0).all(1), (margins < 0).all(1)], [1, 0], default=0.5)
-    return verdicts
+def step_rows(step, num_rows, batch_size, seed):
+    """The (batch_size,) rows of a step, from 1: a part of an endless chain of permutations."""
+    places = np.arange((step - 1) * batch_size, step * batch_size)
+    epochs = places // num_rows
+    orders = {e: np.random.default_rng([seed, e]).permutation(num_rows) for e in np.unique(epochs)}
+    return np.array([orders[e][place] for e, place in zip(epochs, places % num_rows, strict=True)])
 
 
-def win_rates(pairs: list[dict], verdicts: np.ndarray) -> dict:
-    """Our win rate over all prompts, its interval (Wilson's, 95 %), its standard deviation over
-    folds (n − 1), and the folds'. Raises UserError without a verdict."""
-    require(not np.isnan(verdicts).all(), "there is no known verdict on any of these pairs")
-    folds, same, ours = np.array([(p["fold"], p["A"] == p["B"], p["ours"] == "A") for p in pairs]).T
-    scores = np.where(same, 0.5, np.where(ours, verdicts, 1 - verdicts))
-    folds, scores = folds[~np.isnan(scores)], scores[~np.isnan(scores)]
-
-    def tally(x: np.ndarray) -> dict:
-        counts = {"wins": x > 0.5, "ties": x == 0.5, "losses": x < 0.5, "prompts": x >= 0}
-        return {"win_rate": float(x.mean())} | {key: int(n.sum()) for key, n in counts.items()}
-
-    result, n, z = tally(scores) | {"same_answers": int(same.sum())}, len(scores), 1.959964
-    of_folds = {str(fold): tally(scores[folds == fold]) for fold in np.unique(folds)}
-    rates, p = [fold["win_rate"] for fold in of_folds.values()], result["win_rate"]
-    # A score in [0, 1] has a variance of at most p (1 − p): with ties this errs on the wide side.
-    half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
-    low, high = ((p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    std = float(np.std(rates, ddof=1)) if len(rates) > 1 else None
-    return result | {"interval": [max(0.0, low), min(1.0, high)], "std": std, "folds": of_folds}
+def micro_batches(rows, widths, max_tokens):
+    """This process's share of `rows`, in pieces of like length: a tenth at most is padding."""
+    order = np.lexsort(widths[rows].T)[::-1]  # by completion, then by prompt; or by the whole text
+    pieces = [[]]
+    for row in rows[order][RANK::WORLD_SIZE]:
+        piece = [*pieces[-1], row]
+        padded = len(piece) * widths[piece].max(0).sum()
+        fits = padded <= max_tokens and padded - widths[piece].sum() <= max_tokens / 10
+        if fits or not pieces[-1]:
+            pieces[-1] = piece
+        else:
+            pieces.append([row])
+    return [np.array(piece, dtype=int) for piece in pieces if piece]
 
 
-def compare(args: Namespace) -> None:
-    """Judge one policy's answers against another's, or against its own start."""
-    ours, theirs, protocol = load_answers(args)
-    pairs, folder = make_pairs(ours, theirs), Path(args.output_dir)
-    blind = [{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs]
-    holds = {path.name for path in folder.glob("[!.]*")} - {"key.jsonl", "win_rates.json"}
-    old = [x for _, x in read_file(f"{folder}/pairs.jsonl")] if "pairs.jsonl" in holds else blind
-    says = f"--output_dir {folder} holds something else than this comparison"
-    require(holds <= {"pairs.jsonl"} and old == blind, says)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "pairs.jsonl", *blind)
-    write_json(folder / "key.jsonl", *({"id": pair["id"]} | pair["runs"] for pair in pairs))
-    sides = {"compare": args.compare, "against": args.against or ["its start"]}
-    names = [" + ".join(side) for side in sides.values()]
-    for name, side in zip(names, (ours, theirs)):
-        ended = np.mean([line["finished"][0] for line in side.values()])
-        say(f"{ended:.1%} of the answers of {name} ended by themselves")
-    judge = args.judge_model or args.verdicts or "the true reward"
-    if args.judge_model:
-        verdicts = judge_by_model(args, pairs)
-    elif args.verdicts:
-        file, given = args.verdicts, {pair["id"]: [] for pair in pairs}
-        points = {"A": 1.0, "B": 0.0, "tie": 0.5}
-        with loading(file, "--verdicts needs a file of JSON Lines"):
-            for number, x in read_file(file):
-                says = f'{file}, line {number} needs an "id", a text, and a "winner": A, B or tie'
-                require(isinstance(x.get("id"), str) and x.get("winner") in list(points), says)
-                given.setdefault(x["id"], []).append(points[x["winner"]])
-        verdicts = np.array([np.mean(given[pair["id"]] or math.nan) for pair in pairs])
-        missing = sum(pair["A"] != pair["B"] and not given[pair["id"]] for pair in pairs)
-        unknown = len(given) - len(pairs)
-        say(f"{file}: {missing} of {len(pairs)} pairs lack a verdict; unknown ids: {unknown}")
-    elif protocol["dataset_name"] == "dice":  # by the true reward; any roll beats no roll
-        A, B = (np.array([all_rolls(p["prompt"]).get(p[x], -1) for p in pairs]) for x in "AB")
-        verdicts = (np.sign(A - B) + 1) / 2
-    else:
-        same = sum(pair["A"] == pair["B"] for pair in pairs)
-        says = f"{len(pairs)} blind pairs ({same} of equal answers) are in {folder}/pairs.jsonl;"
-        return say(says + ' then --verdicts FILE, lines of {"id": …, "winner": "A", "B" or "tie"}')
-    result = win_rates(pairs, verdicts)
-    write_json(folder / "win_rates.json", sides | {"judge": judge} | result, indent=2)
-    for fold, x in result["folds"].items():
-        bar = f"{'█' * round(40 * x['win_rate']):░<40} {x['win_rate']:6.1%}"
-        say(f"fold {fold} {bar}  {x['wins']} wins, {x['ties']} ties, {x['losses']} losses")
-    rate, low, high = (100 * x for x in (result["win_rate"], *result["interval"]))
-    spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f} %"
-    what = f"{result['prompts']} prompts, {result['same_answers']} with equal answers"
-    say(f"{' vs '.join(names)}: {rate:.1f} %{spread} ({what}; 95 % CI {low:.1f}–{high:.1f} %)")
+# ---------- the loop
+# `state` is a run in memory, as `begin` makes it; `step` is the last one done, `data` rows by name.
+def make_networks(state):
+    """The value model, where the loss has one, and one optimiser for both networks."""
+    args = state.args
+    torch.manual_seed(args.seed)  # for V's output layer
+    policy_parameters = list(state.policy.parameters())
+    groups = [{"params": policy_parameters, "lr": args.learning_rate}]
+    if args.loss == "dro_v" and args.value != "batch":
+        body = state.policy if args.value == "prompt" else None
+        state.value_model = ValueModel(body, args.share_policy_and_value_backbone).to(DEVICE)
+        shared = set(policy_parameters)  # a shared body learns at the policy's rate
+        own = [each for each in state.value_model.parameters() if each not in shared]
+        groups.append({"params": own, "lr": args.value_learning_rate})
+    # The paper's decay, 0.8, and an epsilon so small that a gradient's size does not matter.
+    state.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+    if args.optim == "adamw":
+        state.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-# ------------------------------------------------------------------------------------ machinery
-
-
-class UserError(ValueError):
-    """Something the user can put right; ends the program with this one line and exit code 2. (A
-    ValueError: where a file is read, it gets the line's number.)"""
-
-
-class RunError(Exception):
-    """What went wrong with a run that had begun; every checkpoint is kept; exit code 1."""
-
-
-OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED")
-stop_signals: list[int] = []  # Ctrl-C and SIGTERM arrive here
-
-
-def request_stop(signum: int, frame: object) -> None:
-    """A signal handler: the first signal is noted, a second one ends the program at once."""
-    stop_signals.append(signum)
-    if len(stop_signals) > 1:
-        raise KeyboardInterrupt
-    if RANK == 0:  # print() may be what was interrupted
-        os.write(2, b"\nstopping at the next log line; a second signal stops at once\n")
-
-
-def require(ok: object, message: str) -> None:
-    """Raises UserError unless `ok`."""
-    if not ok:
-        raise UserError(message)
-
-
-@contextmanager
-def loading(source: object, hint: str, always: bool = False) -> Iterator[None]:
-    """What goes wrong within, a UserError excepted unless `always`, becomes a UserError that names
-    `source` and ends with `hint`; not so if memory runs out."""
-    try:
-        yield
-    except Exception as error:  # missing, damaged, unreachable: as many types as causes
-        as_it_is = isinstance(error, UserError) and not always
-        if as_it_is or isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-            raise
-        raise UserError(f"cannot load {source} ({str(error)[:200]}): {hint}") from error
-
-
-# `torchrun` starts several copies of this program. All hold the same networks and see the same
-# rows; each works on its share of them (`in_pieces`), and they meet where a gradient, a number to
-# log, a score or an answer belongs to all. A process alone neither waits nor sends.
-
-SEVERAL = os.environ.get("WORLD_SIZE", "") not in ("", "1")
-ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-LAUNCH = {name: os.environ.get(name, "") for name in ALONE} if SEVERAL else ALONE
-WORLD_SIZE, RANK, LOCAL_RANK = (int(x) if x.isdecimal() else 0 for x in LAUNCH.values())
-DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
-# The first process prints: a line, or, where it has a terminal, a bar, which a line does not tear.
-say = tqdm.write if RANK == 0 else lambda message: None
-progress = functools.partial(tqdm, disable=True if RANK else None, dynamic_ncols=True)
-
-
-def meet_processes() -> None:
-    """Connect this process to the others, if a launcher has started several."""
-    if not SEVERAL or dist.is_initialized():
-        return
-    gpus, cure = torch.cuda.device_count(), "start processes with torchrun, or unset WORLD_SIZE"
-    require(all(map(str.isdecimal, LAUNCH.values())), f"the launcher set {LAUNCH}: {cure}")
-    require(LOCAL_RANK < gpus or not gpus, f"there are {gpus} GPUs: lower --nproc_per_node")
-    address = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
-    print(f"process {RANK} of {WORLD_SIZE} waits for the others at {address}", file=sys.stderr)
-    with loading("the other processes", cure):
-        if gpus:
-            torch.cuda.set_device(DEVICE)
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=2))
-        atexit.register(dist.destroy_process_group)  # else its threads may abort what has ended
-
-
-def gather(item: Any) -> list:
-    """Every process's `item`, in order of rank; all processes wait here for the slowest."""
+def gather(item):
+    """Every process's `item`, in the order of their ranks; all wait here for the slowest."""
     items = [item] * WORLD_SIZE
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.all_gather_object(items, item)
     return items
 
 
-def on_first(work: Callable[[], Any]) -> None:
-    """Do it on the first process; the others wait, and raise what it raises."""
-    error = None
-    try:
-        work() if RANK == 0 else None
-    except Exception as caught:  # noqa: BLE001 whatever it is, all raise it
-        error = caught
-        if type(caught) in (RuntimeError, Exception):  # torch's and tokenizers' of a full disk
-            error = OSError(str(caught))
-    if error := gather(error)[0]:
-        raise error
+@torch.no_grad()
+def score(state, data, rows=None, value_model=None, desc=None):
+    """log π(y|x), and V(x) with a `value_model`, of `rows` or all: (N,) each, NaN where not asked."""
+    rows = np.arange(len(data.x)) if rows is None else rows
+    scores = torch.full((2, len(data.x)), math.nan)
+    pieces = micro_batches(rows, data.widths, 4 * state.args.micro_batch_tokens)
+    for piece in progress(pieces, desc):
+        batch = data.batch(piece)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=state.args.bf16):
+            scores[0, piece] = sequence_logps(state.policy, batch).cpu()
+            if value_model:
+                scores[1, piece] = value_model(batch).cpu()
+    own = np.concatenate(pieces)
+    for some, some_scores in gather((own, scores[:, own])):
+        scores[:, some] = some_scores
+    return scores[0], scores[1]
 
 
-def write(path: Path, content: Callable[[Path], Any]) -> None:
-    """`content` writes a file or folder under another name; it becomes `path` once it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    content(temporary)
-    os.replace(temporary, path)
+def score_reference(state, may_score):
+    """Put log π_ref(y|x), scored once and kept on disk, into the rows. Raises UserError."""
+    args = state.args
+    file = Path(args.output_dir, "reference_logps.safetensors")
+    if not file.exists():
+        require(may_score, f"{file} is gone, and π_ref with it: start again elsewhere")
+        # No row is scored that will not be visited: `step_rows` begins with the first epoch.
+        total = len(state.data["train"].x)
+        steps = 1 if args.overfit_one_batch else args.max_steps
+        visited = step_rows(1, total, total, args.seed)[: max(1, steps * args.train_batch_size)]
+        scored = {}
+        for name, data in state.data.items():
+            started = time.perf_counter()
+            rows = visited if name in ("train", "mismatched") else None
+            scored[name], _ = score(state, data, rows, desc=f"π_ref on {name} rows")
+            scored[f"{name}_seconds"] = torch.tensor(time.perf_counter() - started)
+        save_whole(file, lambda path: save_file(scored, path))
+    with loading(file):
+        scored = load_file(file)
+    for name, data in state.data.items():
+        data.ref_logps = scored[name]
+    if state.step == 0:
+        log(state, {"reference_seconds": scored["train_seconds"]})
 
 
-def write_json(path: Path, *objects: dict, indent: int | None = None) -> None:
-    """The objects, each with a line break behind it; the whole file, or the old one."""
-    text = "".join(json.dumps(x, indent=indent, ensure_ascii=False) + "\n" for x in objects)
-    # A file's name may be no UTF-8; its escape in JSON is the same name.
-    write(path, lambda file: file.write_text(text, "utf-8", "backslashreplace", "\n"))
+def train(state):
+    """Algorithm 1. At a log line: log, evaluate, save, in this order."""
+    args = state.args
+    data = state.data["train"]
+    groups = state.optimizer.param_groups
+    # The rates' factor by step; the + 1 that neither the first nor the last step has a rate of 0.
+    schedule = (args.lr_scheduler_type, state.optimizer, args.warmup_steps, args.max_steps + 1)
+    factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
+    window = defaultdict(list)  # what is recorded since the last log line, by name
+    for step in progress(range(state.step + 1, args.max_steps + 1), f"{args.loss} steps"):
+        started = time.perf_counter()
+        batch_of = 1 if args.overfit_one_batch else step
+        rows = step_rows(batch_of, len(data.x), args.train_batch_size, args.seed)
+        # A mean over the whole batch, SFT's over its tokens, however it is cut into pieces.
+        divisor = data.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
+        if args.loss == "kto" or args.value == "batch":  # means of the whole batch, no gradients
+            other = state.data.get("mismatched", data)
+            mean_log_ratio = (score(state, other, rows)[0] - other.ref_logps)[rows].mean().item()
+            mean_reward = data.rewards[rows].mean().item()
+        for piece in micro_batches(rows, data.widths, args.micro_batch_tokens):
+            batch = data.batch(piece)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
+                logps = sequence_logps(state.policy, batch)
+                if args.loss == "sft":  # maximum likelihood
+                    loss = -logps
+                elif args.loss == "kto":
+                    desirable = batch["rewards"] > mean_reward + 1e-6  # not by rounding alone
+                    kl = torch.tensor(max(0.0, mean_log_ratio))
+                    loss = kto_loss(logps, batch["ref_logps"], desirable, kl, args.tau)
+                else:
+                    if state.value_model:
+                        values = state.value_model(batch)
+                    else:  # DRO-P, Eq. 15: the gradient of ½ Var(u), u = r − τ log π/π_ref, is
+                        # mean((u − ū) ∇u), DRO-V's with V = ū held fixed
+                        values = torch.full_like(logps, mean_reward - args.tau * mean_log_ratio)
+                    terms = (logps, batch["ref_logps"], values, batch["rewards"], args.tau)
+                    policy_loss, value_loss, _ = dro_v_loss(*terms)
+                    loss = policy_loss + value_loss
+                    window["value"].append(values.detach())
+            (loss.sum() / divisor).backward()
+            window["loss"].append(loss.detach())
+            window["tokens"].append(torch.from_numpy(data.lengths[piece]))
+            window["log_ratio"].append(logps.detach() - batch["ref_logps"])
+            window["reward"].append(batch["rewards"])
+        if step == 1:
+            off = torch.cat(window["log_ratio"]).square().mean().sqrt()
+            say(f"before the first update log π/π_ref is {off:.2g} (root mean square)")
+        for name, group in zip(("grad_norm", "value_grad_norm"), groups, strict=False):
+            for each in group["params"]:  # a process has its share of the whole batch's mean
+                if WORLD_SIZE > 1 and each.grad is not None:
+                    dist.all_reduce(each.grad)
+            norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm or math.inf)
+            window[name].append(norm.reshape(1))
+            group["lr"] = group["initial_lr"] * factor(step)  # get_scheduler set initial_lr
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        window["step_seconds"].append(torch.tensor([time.perf_counter() - started]))
+        state.step = step
+        save = step == args.max_steps or step % args.save_steps == 0
+        if save or step % args.logging_steps == 0:
+            log(state, summarise(window, args) | {"lr": groups[0]["lr"]})
+            window.clear()
+        if save:
+            evaluate(state)
+            save_checkpoint(state)
 
 
-def load_json(folder: str | Path, name: str) -> dict:
-    """The object in a JSON file of a run."""
-    return json.loads(Path(folder, name).read_text(encoding="utf-8"))
+def summarise(window, args):
+    """What is logged of lists of tensors (N,) by name, from all processes."""
+    parts = gather({name: torch.cat(parts).cpu().numpy() for name, parts in window.items()})
+    numbers = {name: np.concatenate([part[name] for part in parts]) for name in window}
+    target = numbers["reward"] - args.tau * numbers["log_ratio"]  # what V is fitted to: Eq. 3
+    # Where there is no V, the best constant for these rows: so all losses' numbers compare.
+    residual = target - numbers.get("value", target.mean())
+    metrics = {"loss": 0.5 * np.square(residual).mean()}  # Eq. 4
+    if args.loss == "sft":
+        metrics["loss"] = numbers["loss"].sum() / numbers["tokens"][:, 1].sum()  # nats a token
+    elif args.loss == "kto" and "step_seconds" in numbers:
+        metrics["loss"] = numbers["loss"].mean()
+    metrics.update(residual_mean=residual.mean(), residual_std=residual.std())
+    if target.std() > 0:
+        metrics["value_explained_variance"] = 1 - residual.var() / target.var()
+    # Sinking and sinking, it warns that mass leaks to texts outside the data, of which Eq. 4 sees
+    # nothing. A V that learns faster helps: --value_learning_rate.
+    metrics["log_ratio_mean"] = numbers["log_ratio"].mean()
+    if "step_seconds" in numbers:
+        rate = numbers["tokens"].sum() / numbers["step_seconds"].sum()  # of each process
+        metrics["tokens_per_second"] = rate * WORLD_SIZE
+    names = ("grad_norm", "value_grad_norm", "step_seconds")
+    return metrics | {name: numbers[name].mean() for name in names if name in numbers}
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints by their step, oldest first."""
-    found = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()}
-    return dict(sorted(found.items()))
+def log(state, metrics):
+    """A line of metrics.jsonl, and one to read. Raises FloatingPointError if one is not finite."""
+    metrics = {"step": state.step} | {name: float(x) for name, x in metrics.items()}
+    says = ", ".join(f"{name} {x:.4g}" for name, x in metrics.items())
+    if not all(map(math.isfinite, metrics.values())):
+        raise FloatingPointError(f"not finite: {says}; take lower rates or --max_grad_norm 1")
+    if RANK == 0:
+        with open(Path(state.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+    say(says)
 
 
-# A run on disk, in the order of writing: args.json, the manifest, π_ref's numbers, first answers,
-# checkpoints, last answers, the policy, results.json; each whole or not there, but for the policy,
-# which counts once results.json is there. --resume takes the arguments and π_ref's numbers from the
-# run, networks, optimiser and log from its newest checkpoint (without one it begins at step 0), and
-# a step's rows from the step's number.
+# ---------- evaluation
+def evaluate(state):
+    """Log the held-out numbers as eval_…, by the same formulas for every loss."""
+    data = state.data["eval"]
+    logps, values = score(state, data, None, state.value_model, "π and V on held-out rows")
+    log_ratio = logps - data.ref_logps
+    window = {"log_ratio": [log_ratio], "reward": [data.rewards]}
+    window.update(loss=[-logps], tokens=[torch.from_numpy(data.lengths)])
+    if state.value_model:
+        window["value"] = [values]
+    metrics = summarise(window, state.args)
+    points = []  # for each two answers to a prompt that log π/π_ref orders rightly; a tie is ½
+    for prompt in state.fold_of:
+        rows = [row for row, other in enumerate(data.prompts) if other == prompt]
+        better = data.rewards[rows][:, None] > data.rewards[rows]
+        margins = (log_ratio[rows][:, None] - log_ratio[rows])[better]
+        points += torch.where(margins.abs() <= 1e-3, 0.5, (margins > 0).float()).tolist()
+    if points:
+        metrics["pair_accuracy"] = np.mean(points)
+    pair = torch.stack([log_ratio, data.rewards - values.nan_to_num()])  # needs no second answer
+    if (pair.std(1, correction=0) > 1e-3).all():
+        metrics["reward_correlation"] = pair.corrcoef()[0, 1]
+    log(state, {f"eval_{name}": x for name, x in metrics.items()})
 
 
-def save_networks(run: Run, folder: Path) -> None:
-    """Policy and tokenizer in `folder`, for `from_pretrained`; the value model in `value_model`."""
-    run.policy.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    if run.value_model:
-        (folder / "value_model").mkdir(exist_ok=True)
-        save_model(run.value_model, str(folder / "value_model" / "model.safetensors"))
+def generate(state):
+    """Answer every held-out prompt once, and write generations-<step>.jsonl."""
+    args = state.args
+    policy = state.policy
+    seq2seq = policy.config.is_encoder_decoder
+    data = state.data["eval"]
+    prompt_ids = [data.x[data.prompts.index(prompt)] for prompt in state.fold_of]
+    end = completion_end(state.tokenizer, seq2seq)[0][-1]
+    ends = {end, state.tokenizer.eos_token_id} - {None}
+    # In the place of the model's own, from which transformers would take penalties and limits.
+    own_config = policy.generation_config
+    policy.generation_config = transformers.GenerationConfig(
+        do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0,
+        max_new_tokens=args.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=end,
+        decoder_start_token_id=getattr(policy.config, "decoder_start_token_id", None),
+    )  # fmt: skip
+    torch.manual_seed(args.seed + RANK)  # the same command gives the same answers
+    widths = np.array([[len(ids) + args.max_new_tokens] for ids in prompt_ids])
+    pieces = micro_batches(np.arange(len(widths)), widths, 8 * args.micro_batch_tokens)
+    answers = {}
+    for piece in progress(pieces, "Answering"):
+        x = [torch.from_numpy(prompt_ids[number]).long() for number in piece]
+        padded = nn.utils.rnn.pad_sequence(x, True, -100, "right" if seq2seq else "left").to(DEVICE)
+        bfloat16 = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
+        with torch.no_grad(), bfloat16, float32_head(policy, lambda states: states):
+            ids = policy.generate(padded.clamp(min=0), attention_mask=(padded >= 0).long())
+        start = 1 if seq2seq else padded.shape[1]
+        answers.update(zip(piece.tolist(), ids[:, start:].tolist(), strict=True))
+    policy.generation_config = own_config
+    lines = [{"prompt": prompt, "fold": fold} for prompt, fold in state.fold_of.items()]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    for number, tokens in itertools.chain(*[others.items() for others in gather(answers)]):
+        lines[number]["completion"] = state.tokenizer.decode(tokens, **options)
+        lines[number]["finished"] = not ends.isdisjoint(tokens)
+    save_json(Path(args.output_dir, f"generations-{state.step}.jsonl"), *lines)
 
 
-def save_checkpoint(run: Run) -> None:
-    """Write checkpoint-<step>: networks, optimiser and the log so far, whole or not at all."""
-    folder, keep = Path(run.args.output_dir), run.args.save_total_limit or sys.maxsize
+# ---------- dice
+# The prompt "Ada rolls 3d6" asks for three rolls of a six-sided die; "416" is a completion, 11 its
+# reward. π_ref learns fair dice, DRO-V should load them, and by how much is known.
+def dice_rolls(seed):
+    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
+    names = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
+    Rózsa Sofia Sophie Srinivasa Thomas"""
+    rng = np.random.default_rng(seed)
+    for name, dice, sides in itertools.product(names.split(), (1, 2, 3, 4), (4, 6, 8)):
+        for roll in rng.integers(1, sides + 1, size=(64, dice)):
+            completion = "".join(map(str, roll))
+            prompt = f"{name} rolls {dice}d{sides}"
+            yield {"prompt": prompt, "completion": completion, "reward": int(roll.sum())}
 
-    def content(checkpoint: Path) -> None:
-        save_networks(run, checkpoint)
-        shutil.copy(folder / "metrics.jsonl", checkpoint)
-        torch.save(run.optimizer.state_dict(), checkpoint / "optimizer.pt")
 
-    write(folder / f"checkpoint-{run.step}", content)
-    for old in list(checkpoints(folder).values())[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))  # half deleted, it is none
+def every_roll(prompts):
+    """The triplets of all valid rolls of those prompts that have at most three dice."""
+    triplets = []
+    for prompt in prompts:
+        dice, sides = map(int, prompt.split()[-1].split("d"))
+        if dice <= 3:
+            for roll in itertools.product(range(1, sides + 1), repeat=dice):
+                triplets.append((prompt, "".join(map(str, roll)), sum(roll)))
+    require(triplets, "no held-out prompt has less than four dice: hold out more")
+    return triplets
 
 
-# ------------------------------------------------------------------------------------ arguments
+def dice_reference(state):
+    """Train `state.policy` on fair rolls: π_ref. It is kept in RUN/sft, for a run that goes on."""
+    folder = Path(state.args.output_dir, "sft")
+    if not folder.exists():
+        data = state.data["train"]
+        parameters = list(state.policy.parameters())
+        optimizer = torch.optim.Adafactor(parameters, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+        for step in progress(range(1, 601), "π_ref learns to roll fair dice"):
+            rows = step_rows(step, len(data.x), 64, state.args.seed)
+            tokens = data.lengths[rows, 1].sum()
+            (-sequence_logps(state.policy, data.batch(rows)).sum() / tokens).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.param_groups[0]["lr"] = 0.05 * (601 - step) / 601
+            optimizer.step()
+            optimizer.zero_grad()
+        save_whole(folder, lambda path: save_networks(state, path))
+    state.policy, _ = load_policy(folder)
 
-MODEL, DATASET = "google/flan-t5-large", "openbmb/UltraFeedback"
+
+def dice_report(state):
+    """The share that the policy has of the rise of Eq. 1, over all rolls, given valid ones."""
+    tau = state.args.tau
+    data = state.data["rolls"]
+    logps, values = score(state, data, None, state.value_model, "every roll")
+    names = {"sft": "π_ref", "policy": "π_θ", "optimum": "π*"}
+    table = []
+    errors = []
+    for prompt in dict.fromkeys(data.prompts):
+        rows = [row for row, other in enumerate(data.prompts) if other == prompt]
+        rewards = data.rewards[rows].double()
+        ref_logps = data.ref_logps[rows].double()
+        optimum = ref_logps.log_softmax(0) + rewards / tau  # log π* + V*/τ: Eq. 2
+        errors.append(values[rows[0]].nan_to_num() - tau * optimum.logsumexp(0))  # V, or 0, − V*
+        three = torch.stack([ref_logps, logps[rows].double(), optimum.log_softmax(0)])  # (3, rolls)
+        log_p = three.log_softmax(1)
+        p = log_p.exp()
+        kl = (p * (log_p - log_p[0])).sum(1)
+        table.append(torch.stack([p @ rewards, kl, three.logsumexp(1).exp()], dim=1))
+        if len(rows) <= 6:
+            shown = zip(rows, p.T.tolist(), strict=True)
+    say(f"\nEach roll's probability, for a prompt that was never trained on, at τ = {tau:g}:")
+    for row, shares in shown:
+        for name, share in zip(names.values(), shares, strict=True):
+            roll = state.tokenizer.decode(data.y[row], skip_special_tokens=True)
+            say(f"{data.prompts[row]}: {roll}  {name:<6}{share:6.1%} {'█' * round(60 * share)}")
+    say(f"\nExactly, over every roll of {len(table)} held-out prompts of at most three dice:")
+    say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
+    results = {"tau": tau, "value_rmse": float(np.sqrt(np.mean(np.square(errors))))}
+    for key, (reward, kl, valid) in zip(names, torch.stack(table).mean(0).tolist(), strict=True):
+        raw = reward * state.manifest["reward_std"] + state.manifest["reward_mean"]
+        objective = reward - tau * kl  # Eq. 1
+        results[key] = {"reward": raw, "kl": kl, "objective": objective, "valid": valid}
+        say(f"{names[key]:<8}{raw:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}")
+    start, reached, best = [results[key]["objective"] for key in names]
+    results["gain_share"] = (reached - start) / (best - start)
+    says = f"π_θ has {results['gain_share']:.2%} of the rise of the objective that π* has"
+    say(f"{says}; V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square)")
+    return results
+
+
+# ---------- comparison
+def load_answers(folders, first):
+    """Last or `first` answers by prompt, of runs that are folds of one policy; runs' settings."""
+    prefixes = ("dataset", "split", "seed", "num_", "eval_p", "max_p", "max_c", "max_n", "temp")
+    answers = {}
+    settings = []
+    for folder in map(Path, folders):
+        with loading(f"{folder}, which must be a finished run"):
+            args = json.loads((folder / "args.json").read_text("utf-8"))
+            step = json.loads((folder / "results.json").read_text("utf-8"))["step"]
+            lines = list(read_file(folder / f"generations-{0 if first else step}.jsonl"))
+        new = {line["prompt"]: line for line in lines}
+        require(answers.keys().isdisjoint(new), f"{folder} answers a prompt again")
+        answers.update(new)
+        settings.append({name: x for name, x in args.items() if name.startswith(prefixes)})
+    return answers, settings
+
+
+def make_pairs(ours, theirs):
+    """Blind pairs: `id`, `prompt`, `A`, `B`; and `fold`, `ours`. Swapped sides give the same ones."""
+    pairs = []
+    for prompt, line in ours.items():
+        texts = sorted([line["completion"], theirs[prompt]["completion"]])
+        key = sha256(json.dumps([prompt, *texts]).encode()).hexdigest()
+        if int(key[-1], 16) % 2 == 0:
+            texts.reverse()
+        pair = {"id": key[:16], "prompt": prompt, "A": texts[0], "B": texts[1]}
+        mine = "A" if texts[0] == line["completion"] else "B"
+        pairs.append(pair | {"fold": line["fold"], "ours": mine})
+    return pairs
+
+
+def load_scores(file, pairs):
+    """Our score in each pair, (N,): 1 won, 0 lost, ½ a tie; of several verdicts the mean, or NaN."""
+    winners = defaultdict(list)
+    with loading(file):
+        for line in read_file(file):
+            require(line["winner"] in ("A", "B", "tie"), f"{line} is no verdict")
+            winners[line["id"]].append(line["winner"])
+    scores = []
+    for pair in pairs:
+        points = {"A": 0.0, "B": 0.0, "tie": 0.5, pair["ours"]: 1.0}
+        given = [points[winner] for winner in winners[pair["id"]]] or [math.nan]
+        scores.append(0.5 if pair["A"] == pair["B"] else np.mean(given))
+    missing = np.isnan(scores).sum()
+    require(missing < len(pairs), f"{file} has no verdict on any of these pairs")
+    say(f"{file}: {missing} of {len(pairs)} pairs lack a verdict")
+    return np.array(scores)
+
+
+def win_rates(scores, folds):
+    """From scores and folds, (N,): win rate, Wilson's 95 % interval, folds' rates, and their std."""
+    folds = folds[~np.isnan(scores)]
+    scores = scores[~np.isnan(scores)]
+    # A score in [0, 1] has a variance of at most p (1 − p): with ties this errs on the wide side.
+    p = scores.mean()
+    n = len(scores)
+    z = 1.959964
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2) / (1 + z**2 / n)
+    results = {"win_rate": p, "interval": [max(0.0, middle - half), min(1.0, middle + half)]}
+    results.update(wins=int((scores > 0.5).sum()), losses=int((scores < 0.5).sum()), prompts=n)
+    results["ties"] = n - results["wins"] - results["losses"]
+    rates = {str(fold): scores[folds == fold].mean() for fold in np.unique(folds)}
+    std = np.std(list(rates.values()), ddof=1) if len(rates) > 1 else None
+    return results | {"folds": rates, "std": std}
+
+
+def compare(args):
+    """Write blind pairs of one policy's answers and another's; with --verdicts, say who won."""
+    ours, settings = load_answers(args.compare, first=False)
+    theirs, others = load_answers(args.against or args.compare, first=args.against is None)
+    for each in settings + others:
+        require(each == settings[0], f"the runs do not compare: {each} and {settings[0]}")
+    require(ours.keys() == theirs.keys(), "the runs do not answer the same prompts")
+    pairs = make_pairs(ours, theirs)
+    file = Path(args.output_dir, "pairs.jsonl")
+    save_json(file, *[{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs])
+    lengths = [np.mean([len(x["completion"]) for x in side.values()]) for side in (ours, theirs)]
+    says = f"{len(pairs)} blind pairs for --verdicts are in {file}; on average ours have"
+    say(f"{says} {lengths[0]:.0f} characters, theirs {lengths[1]:.0f} (judges like length)")
+    if args.verdicts:
+        folds = np.array([pair["fold"] for pair in pairs])
+        results = win_rates(load_scores(args.verdicts, pairs), folds)
+        results.update(compare=args.compare, against=args.against, mean_characters=lengths)
+        save_json(file.with_name("win_rates.json"), results, indent=2)
+        low, high = results["interval"]
+        spread = "" if results["std"] is None else f" ± {results['std']:.1%}"
+        say(f"win rate {results['win_rate']:.1%}{spread}, 95 % interval {low:.1%} to {high:.1%}")
+
+
+# ---------- a run on disk
+# `run` says in which order it is written. Each file or folder is whole or not there (the policy once
+# results.json is): a kill at any moment loses what came after the newest checkpoint, no more.
+def save_whole(path, write):
+    """`write` makes a file or folder under another name, which becomes `path` once it is whole."""
+    if RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        write(temporary)
+        os.replace(temporary, path)
+    gather("it is written")
+
+
+def save_json(path, *objects, indent=None):
+    """The objects, with a line break behind each."""
+    text = "".join(json.dumps(each, indent=indent, ensure_ascii=False) + "\n" for each in objects)
+    save_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def save_networks(state, folder):
+    """Policy and tokenizer, for `from_pretrained`, and the value model."""
+    state.policy.save_pretrained(folder)
+    state.tokenizer.save_pretrained(folder)
+    if state.value_model:
+        save_model(state.value_model, str(folder / "value_model.safetensors"))
+
+
+def checkpoints(args):
+    """The checkpoints in the run's folder, the newest last."""
+    found = Path(args.output_dir).glob("checkpoint-*")
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(state):
+    """Networks, optimiser and the log so far, after an evaluation: with no weight that is not finite."""
+
+    def write(folder):
+        save_networks(state, folder)
+        torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+        shutil.copy(folder.with_name("metrics.jsonl"), folder)
+
+    save_whole(Path(state.args.output_dir, f"checkpoint-{state.step}"), write)
+    if RANK == 0 and state.args.save_total_limit:
+        for old in checkpoints(state.args)[: -state.args.save_total_limit]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))  # never half of one
+
+
+def load_checkpoint(state, folder):
+    """Go on from there: V, optimiser, log and step; the policy is loaded."""
+    with loading(folder):
+        if state.value_model:
+            load_model(state.value_model, folder / "value_model.safetensors")
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state.optimizer.load_state_dict(optimizer)
+    if RANK == 0:
+        shutil.copy(folder / "metrics.jsonl", folder.parent)
+    state.step = int(folder.name.split("-")[1])
+
+
+# ---------- arguments
+MODEL = "google/flan-t5-large"
+DATASET = "openbmb/UltraFeedback"
 PINNED = {MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a"}
-PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # overall_scores of 10 corrected
-# What --dice changes: SFT in RUN/sft, then a run from it. The value learns ten times faster than
-# the policy: else the policy chases a wrong V, and mass leaks to what is no roll.
+PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # with overall_scores of 10 corrected
+# V learns ten times faster than the policy, which else chases a wrong V: mass leaks to no rolls.
 DICE = {
-    "dataset_name": "dice", "model_name_or_path": "sft", "num_eval_prompts": 40, "max_steps": 300,
+    "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40, "max_steps": 300,
     "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
     "bf16": False, "warmup_steps": 0, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
     "logging_steps": 50, "save_steps": 300, "max_new_tokens": 8,
 }  # fmt: skip
-DICE_SFT = {
-    "loss": "sft", "value": "prompt", "model_name_or_path": "dice", "optim": "adafactor",
-    "learning_rate": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_grad_norm": 1.0,
-    "max_steps": 600, "logging_steps": 100, "save_steps": 600, "overfit_one_batch": False,
-    "share_policy_and_value_backbone": False, "as_is": False,
-}  # fmt: skip
+MAY_BE_0 = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
+# What --resume may change: how work is cut, and what is kept, changes nothing that is learnt.
+FREE = ("per_device", "gradient_acc", "micro_batch", "save_total", "resume", "output_dir")
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, Any]]:
-    """The flags, and their defaults: the paper's T5-L run."""
-    parser = argparse.ArgumentParser("drov.py", None, __doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = functools.partial(require, False)  # one line instead of the usage text
-    path, defaults, switch = os.path.expanduser, {}, {"action": "store_true"}
-    runs = {"type": path, "nargs": "+", "metavar": "RUN"}
+def make_parser():
+    """The flags; their defaults are the paper's T5-L run."""
+    parser = argparse.ArgumentParser("drov.py", allow_abbrev=False)
+    parser.error = lambda message: require(False, message)  # one line, without the usage text
+    path = os.path.expanduser
+    fold = lambda text: text if text == "all" else int(text)
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    tokens = 8192 if torch.cuda.is_available() else 1024
+    switch = {"action": "store_true"}
 
-    def add(flag: str, default: object, text: str, **options) -> None:
-        # Defaults are filled in later, so that it is known which flags were given.
-        shown = "" if default is None or default is False else f" (default: {default})"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text + shown, **options)
-        defaults[flag[2:]] = default
-
-    def fold(text: str) -> int | str:
-        return text if text == "all" else int(text)
+    def add(flag, default, text, **options):
+        if "action" not in options:
+            options.setdefault("type", type(default))
+        parser.add_argument(flag, default=default, help=f"{text} (default: {default})", **options)
 
     # fmt: off
-    group = parser.add_argument_group("run")
-    add("--dice", False, "the example with a known answer; other flags override what it sets", **switch)
-    add("--output_dir", None, "the run's folder, new or empty (default: runs/DATASET-SPLIT-TIME)", type=path)
-    add("--resume", None, "go on with a run that was interrupted", type=path, metavar="RUN")
-    add("--seed", 42, "seeds split, batches, value head and samples; dice, too", type=int)
+    add("--dice", False, "the example with a known answer", **switch)
+    add("--output_dir", None, "the run's folder, new or empty; else runs/TIME", type=path)
+    add("--resume", None, "go on with a run", type=path)
+    add("--seed", 42, "of split, batches, V's output layer and answers")
     add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
-    add("--overfit_steps", 300, "steps of --overfit_one_batch", type=int)
-    group = parser.add_argument_group("data")
-    add("--dataset_name", DATASET, "hub name, folder, or .jsonl, .json, .csv, .parquet file", type=path)
-    add("--dataset_revision", None, "hub commit (default: pinned for the default dataset)")
-    add("--dataset_split", "train", "split of a hub dataset")
-    add("--reward_key", "overall_score", "UltraFeedback's number that is r", choices=("overall_score", "fine-grained_score", *ASPECTS))
-    add("--split_mode", "prompt_seeded", "hold out one seeded set of prompts, or folds", choices=("prompt_seeded", "prompt_fold"))
-    add("--num_eval_prompts", 1000, "prompts held out by prompt_seeded", type=int)
-    add("--num_eval_folds", 5, "folds that prompt_fold cuts", type=int)
-    add("--eval_prompts_per_fold", 1000, "prompts in each fold", type=int)
-    add("--eval_fold_index", 0, "the fold to hold out, from 0, or 'all' of them", type=fold)
-    add("--max_train_samples", None, "keep whole prompts of at most this many triplets (default: all)", type=int)
-    add("--max_eval_samples", None, "the same of the held-out ones, each fold its share", type=int)
-    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end", type=int)
-    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning", type=int)
-    group = parser.add_argument_group("models")
-    add("--model_name_or_path", MODEL, "hub name or folder: π_ref, and where π starts", type=path)
-    add("--model_revision", None, "hub commit (default: pinned for the default model)")
-    add("--share_policy_and_value_backbone", False, "V reads the policy's own states; paper: worse", **switch)
-    add("--gradient_checkpointing", False, "recompute activations: slower, less memory", **switch)
-    add("--bf16", torch.cuda.is_bf16_supported(including_emulation=False), "bfloat16 autocast where CUDA has it, weights stay float32", action=argparse.BooleanOptionalAction)
-    group = parser.add_argument_group("training")
+    add("--overfit_steps", 300, "steps of --overfit_one_batch")
+    add("--dataset_name", DATASET, "hub name, folder, .jsonl, .json, .csv or .parquet", type=path)
+    add("--dataset_revision", None, "hub commit", type=str)
+    add("--dataset_split", "train", "of a hub dataset")
+    add("--reward_key", None, "column that is r; else reward or overall_score", type=str)
+    add("--split_mode", "prompt_seeded", "one set or folds", choices=("prompt_seeded", "prompt_fold"))
+    add("--num_eval_prompts", 1000, "prompts that prompt_seeded holds out")
+    add("--num_eval_folds", 5, "folds that prompt_fold cuts")
+    add("--eval_prompts_per_fold", 1000, "prompts in each fold")
+    add("--eval_fold_index", None, "fold held out, from 0, or 'all'", type=fold)
+    add("--max_train_samples", None, "keep whole prompts of at most so many triplets", type=int)
+    add("--max_eval_samples", None, "the same of the held-out ones", type=int)
+    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end")
+    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning")
+    add("--model_name_or_path", MODEL, "hub name or folder: π_ref, where π starts", type=path)
+    add("--model_revision", None, "hub commit", type=str)
+    add("--share_policy_and_value_backbone", False, "V reads π's states; paper: worse", **switch)
+    add("--bf16", bf16, "bfloat16 autocast", action=argparse.BooleanOptionalAction)
     add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
-    add("--value", "prompt", "V(x); one learnt number; the batch's mean: DRO-P", choices=("prompt", "constant", "batch"))
-    add("--tau", 1.0, "τ, the weight of the KL, in normalised rewards; KTO's β", type=float)
-    add("--learning_rate", 1e-4, "the policy's learning rate", type=float)
-    add("--value_learning_rate", 1e-4, "the value model's (if shared: its head's)", type=float)
+    add("--value", "prompt", "V(x), a number, DRO-P", choices=("prompt", "constant", "batch"))
+    add("--tau", 1.0, "τ, the weight of the KL, in normalised rewards; KTO's β")
+    add("--learning_rate", 1e-4, "the policy's")
+    add("--value_learning_rate", 1e-4, "the value model's; of a shared one, its output's")
     add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
-    add("--lr_scheduler_type", "constant_with_warmup", "learning rate over the steps", choices=("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"))
-    add("--warmup_steps", 150, "steps of linear warm-up", type=int)
-    add("--max_steps", 40000, "steps; 0 only evaluates and answers", type=int)
-    add("--max_grad_norm", None, "clip each network's gradient norm (default: off)", type=float)
-    add("--per_device_train_batch_size", 32, "triplets a step and process", type=int)
-    add("--gradient_accumulation_steps", 1, "multiplies the batch", type=int)
-    add("--micro_batch_tokens", None, "padded tokens that go through the models at once; changes no gradient (default: a full batch on a GPU; 1024 on a CPU, for a decoder-only model 640)", type=int)
-    group = parser.add_argument_group("evaluation, logs and checkpoints")
-    add("--logging_steps", 10, "steps between two log lines", type=int)
-    add("--save_steps", 2000, "steps between two evaluations with a checkpoint", type=int)
-    add("--save_total_limit", None, "checkpoints to keep, the newest (default: all)", type=int)
-    add("--max_new_tokens", 512, "tokens of an answer, at most", type=int)
-    add("--temperature", 1.0, "sampling temperature; 0 is greedy", type=float)
-    group = parser.add_argument_group("comparison of runs (instead of training)")
-    add("--compare", None, "one policy: a run, or several with a fold each", **runs)
-    add("--against", None, "the other one (default: each run's own start)", **runs)
-    add("--judge_model", None, "an instruction-tuned model that says A or B", type=path, metavar="NAME")
-    add("--verdicts", None, "JSON Lines with `id` and `winner`, of people or a hosted model", type=path, metavar="FILE")
+    add("--lr_scheduler_type", "constant_with_warmup", "rate over the steps", choices=("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"))
+    add("--warmup_steps", 150, "steps of linear warm-up")
+    add("--max_steps", 40000, "steps; 0 only evaluates and answers")
+    add("--max_grad_norm", None, "clip each network's gradient", type=float)
+    add("--per_device_train_batch_size", 32, "triplets a step and process")
+    add("--gradient_accumulation_steps", 1, "multiplies the batch")
+    add("--micro_batch_tokens", tokens, "padded tokens at once; changes no gradient")
+    add("--logging_steps", 10, "steps between two log lines")
+    add("--save_steps", 2000, "steps between two evaluations with a checkpoint")
+    add("--save_total_limit", None, "checkpoints to keep; else all", type=int)
+    add("--max_new_tokens", 512, "tokens of an answer, at most")
+    add("--temperature", 1.0, "of sampling; 0 is greedy")
+    add("--compare", None, "one policy: a run, or several with a fold each", type=path, nargs="+")
+    add("--against", None, "the other one; else each run's start", type=path, nargs="+")
+    add("--verdicts", None, "JSON Lines with `id` and `winner`", type=path)
     # fmt: on
-    return parser, defaults
+    return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
-    """Flags to Namespace. Raises UserError for a bad one, or for some that do not go together."""
-    parser, defaults = make_parser()
-    given = vars(parser.parse_args(argv))
-    zeros = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
-    for name, x in given.items():
-        may_be_0 = name in zeros or "learning_rate" in name
-        most = 2**32 if type(x) is int else 1e38
-        right = type(x) not in (int, float) or 0 < x < most or may_be_0 and x == 0
-        least = ">= 0" if may_be_0 else "> 0"
-        require(right, f"--{name} must be a number {least}, below {most:.10g}, not {x}")
-    if "resume" in given:
-        return resumed_args(given, defaults)
-    preset = DICE if given.get("dice") else {}
-    if preset and given.get("loss") == "sft":
-        preset = preset | DICE_SFT
-    args = Namespace(**defaults | preset | given)
-    args.as_is = args.dice and given.keys() <= {"dice", "seed", "tau", "output_dir"}
+def parse_args(argv=None):
+    """Flags to Namespace; what is typed wins over --resume, --dice, ... Raises UserError."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    saved = {}
+    if args.resume:
+        with loading(f"--resume {args.resume}, which must be a run's folder"):
+            saved = json.loads(Path(args.resume, "args.json").read_text("utf-8"))
+    if args.overfit_one_batch:
+        parser.set_defaults(warmup_steps=0, logging_steps=1, max_eval_samples=1)
+    parser.set_defaults(**(saved or (DICE if args.dice else {})))
+    args = parser.parse_args(argv)
+    args.max_steps = args.overfit_steps if args.overfit_one_batch else args.max_steps
+    args.date = saved.get("date", time.strftime("%Y-%m-%d"))  # for a template that writes it
     args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED.get(args.dataset_name)
-    stem, now = Path(args.dataset_name).stem[:60], time.strftime("%Y%m%d-%H%M%S")
-    name = f"{stem}-{args.split_mode}-{now}"
-    if args.compare:
-        sides = (args.compare, args.against or ["start"])
-        name = "-vs-".join("+".join(Path(run).name for run in side) for side in sides)
-        name = f"compare-{name[:60]}"  # a file's name may have 255 bytes
-    args.output_dir = args.output_dir or os.path.join("runs", name)
-    if args.overfit_one_batch:
-        args.max_steps = args.save_steps = args.overfit_steps
-        args.warmup_steps, args.logging_steps = 0, 1
-    # A step's rows depend on their number alone, however many processes share them.
-    size, log, save = args.per_device_train_batch_size, args.logging_steps, args.save_steps
-    args.train_batch_size = size * args.gradient_accumulation_steps * WORLD_SIZE
-    V, judges = args.value if args.loss == "dro_v" else None, (args.judge_model, args.verdicts)
-    apart = args.compare or not any((args.against, *judges))
-    require(apart, "--against, --judge_model and --verdicts go with --compare")
-    require(not all(judges), "--judge_model and --verdicts are two judges: give one")
-    require(V or args.value == "prompt", f"--value {args.value} goes with --loss dro_v")
-    fits = V == "prompt" or not args.share_policy_and_value_backbone
-    require(fits, "a shared backbone goes with --loss dro_v --value prompt")
-    enough = args.train_batch_size > 1 or args.loss != "kto" and V != "batch"
-    require(enough, "--loss kto and --value batch take a batch's mean: one row is too few")
-    require(save % log == 0, f"--save_steps {save} is no multiple of --logging_steps {log}")
+    # A step's rows depend on the whole batch alone, however it is shared out.
+    args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.train_batch_size *= WORLD_SIZE
+    args.output_dir = args.resume or args.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
+    for name, x in vars(args).items():
+        is_zero = x == 0 and (name in MAY_BE_0 or "learning_rate" in name)
+        in_range = type(x) not in (int, float) or 0 < x < 2**32 or is_zero
+        require(in_range, f"--{name} {x} is out of range")
+        same = x == saved.get(name, x) or name.startswith(FREE)
+        require(same, f"{name} was {saved.get(name)}: {x} would make it another run")
+    one_set = args.split_mode == "prompt_seeded" and args.eval_fold_index is not None
+    require(not one_set, "--eval_fold_index goes with --split_mode prompt_fold")
+    require(args.compare or not (args.against or args.verdicts), "--verdicts: of which --compare?")
+    extra = args.value != "prompt" or args.share_policy_and_value_backbone
+    require(args.loss == "dro_v" or not extra, "--value and --share_… go with --loss dro_v")
+    takes_mean = args.loss == "kto" or args.value == "batch"
+    require(args.train_batch_size > 1 or not takes_mean, "one row has no batch's mean")
     return args
 
 
-def resumed_args(given: dict[str, Any], defaults: dict[str, Any]) -> Namespace:
-    """The arguments of the run in given["resume"], or else a UserError."""
-    # How work is cut, and what is kept, changes nothing that is learnt.
-    free = {"gradient_accumulation_steps", "per_device_train_batch_size"}
-    folder, free = given.pop("resume"), free | {"micro_batch_tokens", "save_total_limit"}
-    with loading(f"--resume {folder}", "it is no run"):
-        args = Namespace(**load_json(folder, "args.json")["args"])
-        require(defaults.keys() <= vars(args).keys(), f"{folder}/args.json lacks arguments")
-        for name, value in given.items():
-            if value != (old := getattr(args, name)):
-                change = f"--{name} {value} (it was {old})"
-                require(name in free, f"{change} would make it another run: start one")
-                say(f"going on with {change}")
-                setattr(args, name, value)
-    B, others = args.train_batch_size, args.gradient_accumulation_steps * WORLD_SIZE
-    cure = f"give --per_device_train_batch_size {B // others}"
-    cure = "take another number of them" if B % others else cure
-    says = f"a step has {B} rows, {WORLD_SIZE} processes share it: {cure}"
-    require(args.per_device_train_batch_size * others == B, says)
-    args.resume = args.output_dir = folder
-    return args
-
-
-# ----------------------------------------------------------------------------------------- main
-
-
-def start(args: Namespace, locks: ExitStack) -> Run:
-    """Load everything, check everything, and only then claim the folder. Raises UserError."""
-    folder, kept = Path(args.output_dir), "prompt_split_manifest.json"
-    lock = filelock.FileLock(folder / ".lock", blocking=False)
-    if args.resume:
-        with loading(folder, "a run that is alive works there, or it cannot be written to"):
-            on_first(lambda: locks.enter_context(lock))
-    holds = gather({path.name for path in folder.glob("*")} - {".lock", ".args.json.tmp"})[0]
-    says = f"--output_dir {folder} is not empty: give another one, or --resume it"
-    require(args.resume or not holds, says)
-    found, saved = checkpoints(folder), {}
-    if found or (folder / kept).exists():
-        with loading(folder / kept, "put it back, or start again elsewhere"):
-            saved = load_json(folder, kept)
-            require("frame" in saved, f"{folder / kept} is no manifest: start again elsewhere")
-    newest, before = [*reversed(found.values()), None, None][:2]
-    cure = f"remove it, and --resume goes on from {before.name if before else 'the beginning'}"
-    sft_first = args.dice and args.model_name_or_path == "sft" and not newest
-    source = str(newest or ("dice" if sft_first else args.model_name_or_path))
-    with loading(source, cure if newest else "is it a language model?", always=bool(newest)):
-        policy, tokenizer = load_policy(source, args.model_revision, args.seed)
-    recomputes = policy.supports_gradient_checkpointing or not args.gradient_checkpointing
-    require(recomputes, f"{source} does not support --gradient_checkpointing")
+# ---------- main
+def begin(args, newest):
+    """Load and check all, and only then write; a run that goes on must find the same data."""
+    folder = Path(args.output_dir)
+    empty = args.resume or not any(folder.glob("[!.]*"))
+    require(empty, f"--output_dir {folder} is not empty: give another one, or --resume it")
+    model = newest or args.model_name_or_path
+    policy, tokenizer = load_policy(model, args.model_revision, args.seed)
     seq2seq = policy.config.is_encoder_decoder
-    frame = saved.get("frame") or text_frame(tokenizer, seq2seq)
-    limits = {name: getattr(args, name) for name in ("max_prompt_length", "max_completion_length")}
-    encoding = functools.partial(encode, tokenizer=tokenizer, frame=frame, **limits)
-    sides, fold_of, manifest = load_sides(args, encoding, "right" if seq2seq else "left")
-    manifest["frame"] = frame
-    changed = [name for name in saved if saved[name] != manifest.get(name)]
-    require(not changed, f"the data have changed since this run began: {', '.join(changed)}")
-    lengths = np.concatenate([side.lengths for side in sides.values()])
-    (x, y), both, new = lengths.max(0), lengths.sum(1).max(), args.max_new_tokens
-    needed, limit = max(x, y, new) if seq2seq else max(both, x + new), position_limit(policy.config)
-    says = f"{needed} tokens, but the model has {limit} positions: lower --max_prompt_length"
-    require(needed <= limit, f"{says}, --max_completion_length or --max_new_tokens")
-    if args.warmup_steps > args.max_steps > 0:
-        say(f"--warmup_steps {args.warmup_steps} is longer than the run: its rate is never reached")
+    data, fold_of, manifest = load_data(args, tokenizer, seq2seq)
+    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    prompt = 0 if seq2seq else data["eval"].lengths[:, 0].max()
+    needed = max(prompt + args.max_new_tokens, *[rows.widths.max() for rows in data.values()])
+    require(needed <= limit, f"{needed} tokens are too many for the model's {limit} positions")
+    gather("all have looked into the folder")
+    if not args.resume:
+        save_json(folder / "args.json", vars(args), indent=2)
+    file = folder / "prompt_split_manifest.json"
+    if not file.exists():
+        save_json(file, manifest, indent=2)
+    same = json.loads(file.read_text("utf-8")) == json.loads(json.dumps(manifest))
+    require(same, f"the data are not those of {file} any longer")
+    state = {"data": data, "fold_of": fold_of, "manifest": manifest, "value_model": None, "step": 0}
+    return argparse.Namespace(args=args, policy=policy, tokenizer=tokenizer, **state)
 
-    def claim() -> None:
-        if not args.resume:
-            versions = {m.__name__: m.__version__ for m in (torch, transformers, datasets, np)}
-            content = {"args": vars(args), "versions": versions | {"python": sys.version}}
-            with loading(folder, "it cannot be written to, or another run has just taken it"):
-                folder.mkdir(parents=True, exist_ok=True)
-                locks.enter_context(lock)
-                require(not (folder / "args.json").exists(), f"{folder} has just been taken")
-                write_json(folder / "args.json", content, indent=2)
-        write_json(folder / kept, manifest, indent=2)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        for half_written in folder.glob(".checkpoint-*.tmp"):
-            shutil.rmtree(half_written)
 
-    on_first(claim)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # until here, they end the program at once
-        locks.callback(signal.signal, signum, signal.signal(signum, request_stop))
-    if sft_first:
-        policy, tokenizer = dice_sft(args, locks)
-    run = Run(args, policy.train().to(DEVICE), tokenizer, sides, fold_of, manifest)
-    if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    torch.manual_seed(args.seed)  # for the value head, the only thing that is drawn at random
-    groups = [{"params": list(policy.parameters()), "lr": args.learning_rate}]
-    if args.loss == "dro_v" and args.value != "batch":
-        body, known = policy if args.value == "prompt" else None, set(policy.parameters())
-        run.value_model = ValueModel(body, args.share_policy_and_value_backbone).to(DEVICE)
-        own = [p for p in run.value_model.parameters() if p not in known]  # a shared body is π's
-        groups.append({"params": own, "lr": args.value_learning_rate})
-    for p in itertools.chain.from_iterable(group["params"] for group in groups):
-        p.grad = torch.zeros_like(p)  # once: taken anew in every step, they fragment the memory
-    if args.optim == "adamw":
-        run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    else:
-        # As in T5X: updates in proportion to each parameter's RMS, decay 0.8. The first epsilon is
-        # on the gradient's scale; torch's own would let the size of small gradients matter.
-        run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+def run(args):
+    """A run, from its start or from where it was killed, in the order of what it leaves on disk."""
+    folder = Path(args.output_dir)
+    newest = (checkpoints(args) or [None])[-1]
+    state = begin(args, newest)  # args.json, prompt_split_manifest.json
+    if args.model_name_or_path == "dice" and newest is None:
+        dice_reference(state)  # sft
+    make_networks(state)
     if newest:
-        run.step = max(found)
-        with loading(newest, cure, always=True):
-            lines = [line for _, line in read_file(f"{newest}/metrics.jsonl")]
-            on_first(lambda: write_json(folder / "metrics.jsonl", *lines))  # the log as it was then
-            if run.value_model:
-                load_model(run.value_model, newest / "value_model" / "model.safetensors")
-            state = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-            run.optimizer.load_state_dict(state)
-    if args.resume:
-        say(f"going on from {newest or 'step 0'}")
-    return run
-
-
-def dice_sft(args: Namespace, locks: ExitStack) -> tuple[PreTrainedModel, Any]:
-    """The run of SFT in RUN/sft, begun, gone on with or finished: its policy, π_ref for `args`."""
-    folder = Path(args.output_dir, "sft")
-    holds = gather({path.name for path in folder.glob("*.json")})[0]
-    where = {"output_dir": str(folder), "resume": str(folder) if "args.json" in holds else None}
-    if "results.json" not in holds:
-        say("\nSFT, which is to be π_ref, learns to roll fair dice")
-        reproduce(start(Namespace(**vars(args) | DICE_SFT | where), locks))
-        say("\nand from there:")
-    return load_policy(str(folder))
-
-
-def reproduce(run: Run) -> None:
-    """π_ref → evaluation → training → answers → results.json, which makes a run a finished one."""
-    args, folder, answers = run.args, Path(run.args.output_dir), not run.args.overfit_one_batch
-    fix_reference(run)
-    if run.step == 0 and answers:
-        evaluate(run)
-        generate(run)
-    train(run)
-    if answers and args.max_steps > 0:
-        generate(run)
-    results = {"step": run.step} | (dice_report(run) if "rolls" in run.sides else {})
-    lines = [line for _, line in read_file(f"{folder}/metrics.jsonl")]
-    if answers:
-        results |= [line for line in lines if "eval_loss" in line][-1]
-        ended = [x["finished"] for _, x in read_file(f"{folder}/generations-{run.step}.jsonl")]
-        results["finished"] = float(np.mean(ended))
-        say(f"{results['finished']:.1%} of {len(ended)} answers ended by themselves")
-    else:
-        losses = [line["loss"] for line in lines if "loss" in line]
-        results |= {"first_loss": losses[0], "last_loss": losses[-1]}
-        left = losses[-1] / losses[0]
-        say(f"one batch, {run.step} steps: {left:.2%} of loss {losses[0]:.4g} is left (goal: 1 %)")
-    on_first(lambda: save_networks(run, folder))
-    on_first(lambda: write_json(folder / "results.json", results, indent=2))
+        load_checkpoint(state, newest)
+    elif RANK == 0:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    score_reference(state, may_score=newest is None)  # reference_logps.safetensors
+    if state.step == 0:
+        evaluate(state)
+        generate(state)  # generations-0.jsonl
+    train(state)  # metrics.jsonl, checkpoint-…
+    if state.step > 0:
+        generate(state)
+    results = list(read_file(folder / "metrics.jsonl"))[-1]  # the step, and held-out numbers
+    if "rolls" in state.data:
+        results.update(dice_report(state))
+    answers = read_file(folder / f"generations-{state.step}.jsonl")
+    results["finished"] = np.mean([answer["finished"] for answer in answers])
+    if RANK == 0:
+        save_networks(state, folder)
+    save_json(folder / "results.json", results, indent=2)  # now the run is a finished one
     say(f"the policy and its results are in {folder}")
-    if args.as_is and not (results["gain_share"] >= 0.98 and results["policy"]["valid"] >= 0.95):
-        shares = f"{results['gain_share']:.1%} of the gain, {results['policy']['valid']:.1%} valid"
-        raise RunError(f"the example misses its target, 98 % and 95 %: {shares}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The whole program; `argv` as on the command line. Exits with 2 on what a user can put right,
-    1 on what the machine or the numbers did wrong, 128 + signal when stopped; with one line, which
-    says how to go on. A traceback is a fault of this program."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no π shows a question mark
-        with suppress(AttributeError):
-            stream.reconfigure(errors="replace")
+def main(argv=None):
+    """The program. Exits with 2 for a UserError, 1 if memory or numbers fail, 130 at Ctrl-C."""
     transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()  # and the hub's with it
-    if sys.stderr.isatty():
-        huggingface_hub.utils.enable_progress_bars()  # a first download takes long
-    else:
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    # On a CPU with glibc let tensors reuse what others freed: by default blocks of over 32 MB go
-    # back to the system, which hands them out again page by page and cleared.
-    with suppress(AttributeError, TypeError, OSError):  # elsewhere there is no such thing
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap is not given back
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays float32
-    stop_signals.clear()
-    code, says, args = 0, "", None
+    args = None
     try:
-        with ExitStack() as locks:
-            meet_processes()
-            args = parse_args(argv)
-            args.output_dir = gather(args.output_dir)[0]  # a name may hold the time
-            # Left to itself, torch takes one attention kernel for π_ref and another, with a graph,
-            # for π: in bfloat16 they round differently, and log π/π_ref would show it.
-            torch.backends.cuda.enable_flash_sdp(not args.bf16)
-            torch.backends.cuda.enable_cudnn_sdp(not args.bf16)
-            if args.compare:
-                require(WORLD_SIZE == 1, "--compare takes one process: start it without torchrun")
-                compare(args)
-            elif args.resume and Path(args.resume, "results.json").exists():
-                say(f"{args.resume} is finished: see its results.json")
-            else:
-                if args.dice:
-                    torch.set_num_threads(1)  # so small a model is no faster with more
-                reproduce(start(args, locks))
-    except (UserError, RunError) as error:
-        code, says = 2 if isinstance(error, UserError) else 1, error
-    except KeyboardInterrupt as error:
-        code, says = 128 + [*stop_signals, signal.SIGINT][0], str(error) or "stopped at once"
-    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+        if WORLD_SIZE > 1 and not dist.is_initialized():
+            if DEVICE.type == "cuda":
+                torch.cuda.set_device(DEVICE)
+            with loading("the other processes (start them with torchrun, or unset WORLD_SIZE)"):
+                dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+        args = gather(parse_args(argv))[0]  # a folder's name may hold the time
+        if args.dice:
+            torch.set_num_threads(1)  # so small a model is no faster with more
+        if args.compare:
+            compare(args)
+        elif args.resume and Path(args.resume, "results.json").exists():
+            say(f"{args.resume} is finished: see its results.json")
+        else:
+            run(args)
+    except (UserError, FloatingPointError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        says = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if isinstance(error, RuntimeError) and "memory" not in says:
             raise
-        code, says = 1, str(error) or "out of memory"
-    begun = args and os.path.exists(f"{args.output_dir}/args.json")
-    unfinished = begun and not os.path.exists(f"{args.output_dir}/results.json")
-    if unfinished and not isinstance(says, UserError | RunError):  # they bring their own cure
-        says = f"{says}; what was complete is kept: go on with --resume {args.output_dir}"
-    if code and (LOCAL_RANK == 0 or code == 1 or not dist.is_initialized()):  # once on each machine
-        print(f"drov.py: error: {' '.join(str(says).split())}", file=sys.stderr)
-    if code:
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        if code != 2 and args and Path(args.output_dir, "args.json").exists():
+            says += f"; go on with --resume {args.output_dir} (and a lower --micro_batch_tokens)"
+        if RANK == 0 or code == 1:  # what a user can put right, all processes find alike
+            tqdm.write(f"drov.py: error: {says}", file=sys.stderr)
         sys.exit(code)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no π shows a question mark
     main()
