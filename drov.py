@@ -12,7 +12,6 @@ trained to make both sides equal on the data, by Eq. 4:
     L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]                             (Eq. 4)
 
 Algorithm 1 is `train`; its two gradients are those of `dro_v_loss`. Commands to paste:
-
     python drov.py --dice                                            # the answer is known; a minute
     python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
     python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
@@ -20,7 +19,7 @@ Algorithm 1 is `train`; its two gradients are those of `dro_v_loss`. Commands to
 
 Where the paper is silent or contradicts itself (the README has all): Algorithm 1's ½ for Eq. 8's τ/2
 is a slip; the training rows alone normalise rewards; V is a copy of π_ref with a linear output. Left
-out: pairs, reward models, sampling during training, a copy of π_ref in memory, LoRA, dropout.
+out: pairs, reward models, sampling in training, π_ref in memory, LoRA, dropout.
 """
 
 import argparse
@@ -139,7 +138,7 @@ def load_policy(source, revision=None, seed=0):
         options = {"revision": revision, "config": config, "dtype": torch.float32}
         policy, info = load(source, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-        require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}"[:200])
+        require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}")
     return policy.eval().to(DEVICE), tokenizer
 
 
@@ -178,9 +177,9 @@ def sequence_logps(model, batch):
 class ValueModel(nn.Module):
     """V_φ(x), what answers to a prompt earn, in normalised rewards; of `policy=None`, one number.
 
-    The paper leaves it open: here it is a copy of π_ref below the output layer (`shared`: the
+    The paper leaves it open. Here it is a copy of π_ref below the output layer (`shared`: the
     policy's own, found worse), and a linear output of an encoder's mean, or of the prompt's last
-    state; at first 0, the mean reward, being the difference of two equal layers, and yet it learns.
+    state: the difference of two equal layers, so that V starts at 0, the mean reward.
     """
 
     def __init__(self, policy, shared=False):
@@ -528,10 +527,10 @@ def make_networks(state):
         shared = set(policy_parameters)  # a shared body learns at the policy's rate
         own = [each for each in state.value_model.parameters() if each not in shared]
         groups.append({"params": own, "lr": args.value_learning_rate})
-    # The paper's decay, 0.8, and an epsilon so small that a gradient's size does not matter.
-    state.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
     if args.optim == "adamw":
         state.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    else:  # the paper's decay, 0.8, and an epsilon so small that a gradient's size does not matter
+        state.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
 
 
 def gather(item):
@@ -554,18 +553,18 @@ def score(state, data, rows=None, value_model=None, desc=None):
             scores[0, piece] = sequence_logps(state.policy, batch).cpu()
             if value_model:
                 scores[1, piece] = value_model(batch).cpu()
-    own = np.concatenate(pieces)
+    own = np.array([row for piece in pieces for row in piece], dtype=int)
     for some, some_scores in gather((own, scores[:, own])):
         scores[:, some] = some_scores
     return scores[0], scores[1]
 
 
-def score_reference(state, may_score):
+def score_reference(state):
     """Put log π_ref(y|x), scored once and kept on disk, into the rows. Raises UserError."""
     args = state.args
     file = Path(args.output_dir, "reference_logps.safetensors")
     if not file.exists():
-        require(may_score, f"{file} is gone, and π_ref with it: start again elsewhere")
+        require(state.step == 0, f"{file} is gone, and π_ref with it: start again elsewhere")
         # No row is scored that will not be visited: `step_rows` begins with the first epoch.
         total = len(state.data["train"].x)
         steps = 1 if args.overfit_one_batch else args.max_steps
@@ -590,7 +589,7 @@ def train(state):
     args = state.args
     data = state.data["train"]
     groups = state.optimizer.param_groups
-    # The rates' factor by step; the + 1 that neither the first nor the last step has a rate of 0.
+    # The rates' factor by step; the + 1, and steps from 1, that no step has a rate of 0.
     schedule = (args.lr_scheduler_type, state.optimizer, args.warmup_steps, args.max_steps + 1)
     factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
     window = defaultdict(list)  # what is recorded since the last log line, by name
@@ -654,7 +653,7 @@ def train(state):
 
 def summarise(window, args):
     """What is logged of lists of tensors (N,) by name, from all processes."""
-    parts = gather({name: torch.cat(parts).cpu().numpy() for name, parts in window.items()})
+    parts = gather({name: torch.cat(x).cpu().numpy() for name, x in window.items()})
     numbers = {name: np.concatenate([part[name] for part in parts]) for name in window}
     target = numbers["reward"] - args.tau * numbers["log_ratio"]  # what V is fitted to: Eq. 3
     # Where there is no V, the best constant for these rows: so all losses' numbers compare.
@@ -671,10 +670,10 @@ def summarise(window, args):
     # nothing. A V that learns faster helps: --value_learning_rate.
     metrics["log_ratio_mean"] = numbers["log_ratio"].mean()
     if "step_seconds" in numbers:
-        rate = numbers["tokens"].sum() / numbers["step_seconds"].sum()  # of each process
-        metrics["tokens_per_second"] = rate * WORLD_SIZE
-    names = ("grad_norm", "value_grad_norm", "step_seconds")
-    return metrics | {name: numbers[name].mean() for name in names if name in numbers}
+        seconds = numbers["step_seconds"].sum() / WORLD_SIZE
+        metrics["tokens_per_second"] = numbers["tokens"].sum() / seconds
+    means = {name: x.mean() for name, x in numbers.items() if name.endswith(("norm", "seconds"))}
+    return metrics | means
 
 
 def log(state, metrics):
@@ -752,8 +751,7 @@ def generate(state):
 
 
 # ---------- dice
-# The prompt "Ada rolls 3d6" asks for three rolls of a six-sided die; "416" is a completion, 11 its
-# reward. π_ref learns fair dice, DRO-V should load them, and by how much is known.
+# "Ada rolls 3d6" is a prompt, "416" a completion, 11 its reward; DRO-V should load the dice.
 def dice_rolls(seed):
     """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
     names = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
@@ -1001,14 +999,14 @@ DICE = {
     "logging_steps": 50, "save_steps": 300, "max_new_tokens": 8,
 }  # fmt: skip
 MAY_BE_0 = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
-# What --resume may change: how work is cut, and what is kept, changes nothing that is learnt.
+# What --resume may change, for it changes nothing that is learnt:
 FREE = ("per_device", "gradient_acc", "micro_batch", "save_total", "resume", "output_dir")
 
 
 def make_parser():
     """The flags; their defaults are the paper's T5-L run."""
     parser = argparse.ArgumentParser("drov.py", allow_abbrev=False)
-    parser.error = lambda message: require(False, message)  # one line, without the usage text
+    parser.error = lambda message: require(False, message)  # one line, no usage text
     path = os.path.expanduser
     fold = lambda text: text if text == "all" else int(text)
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -1022,9 +1020,9 @@ def make_parser():
 
     # fmt: off
     add("--dice", False, "the example with a known answer", **switch)
-    add("--output_dir", None, "the run's folder, new or empty; else runs/TIME", type=path)
+    add("--output_dir", None, "new or empty folder; else runs/TIME", type=path)
     add("--resume", None, "go on with a run", type=path)
-    add("--seed", 42, "of split, batches, V's output layer and answers")
+    add("--seed", 42, "of split, batches, V's output, answers, dice")
     add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
     add("--overfit_steps", 300, "steps of --overfit_one_batch")
     add("--dataset_name", DATASET, "hub name, folder, .jsonl, .json, .csv or .parquet", type=path)
@@ -1036,19 +1034,19 @@ def make_parser():
     add("--num_eval_folds", 5, "folds that prompt_fold cuts")
     add("--eval_prompts_per_fold", 1000, "prompts in each fold")
     add("--eval_fold_index", None, "fold held out, from 0, or 'all'", type=fold)
-    add("--max_train_samples", None, "keep whole prompts of at most so many triplets", type=int)
+    add("--max_train_samples", None, "whole prompts of at most so many triplets", type=int)
     add("--max_eval_samples", None, "the same of the held-out ones", type=int)
-    add("--max_prompt_length", 512, "tokens of x; a longer prompt keeps its end")
-    add("--max_completion_length", 512, "tokens of y; a longer one keeps its beginning")
+    add("--max_prompt_length", 512, "tokens of x")
+    add("--max_completion_length", 512, "tokens of y")
     add("--model_name_or_path", MODEL, "hub name or folder: π_ref, where π starts", type=path)
     add("--model_revision", None, "hub commit", type=str)
     add("--share_policy_and_value_backbone", False, "V reads π's states; paper: worse", **switch)
     add("--bf16", bf16, "bfloat16 autocast", action=argparse.BooleanOptionalAction)
     add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
     add("--value", "prompt", "V(x), a number, DRO-P", choices=("prompt", "constant", "batch"))
-    add("--tau", 1.0, "τ, the weight of the KL, in normalised rewards; KTO's β")
+    add("--tau", 1.0, "τ, the weight of the KL; KTO's β")
     add("--learning_rate", 1e-4, "the policy's")
-    add("--value_learning_rate", 1e-4, "the value model's; of a shared one, its output's")
+    add("--value_learning_rate", 1e-4, "the value model's")
     add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
     add("--lr_scheduler_type", "constant_with_warmup", "rate over the steps", choices=("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"))
     add("--warmup_steps", 150, "steps of linear warm-up")
@@ -1058,11 +1056,11 @@ def make_parser():
     add("--gradient_accumulation_steps", 1, "multiplies the batch")
     add("--micro_batch_tokens", tokens, "padded tokens at once; changes no gradient")
     add("--logging_steps", 10, "steps between two log lines")
-    add("--save_steps", 2000, "steps between two evaluations with a checkpoint")
+    add("--save_steps", 2000, "steps between two checkpoints")
     add("--save_total_limit", None, "checkpoints to keep; else all", type=int)
     add("--max_new_tokens", 512, "tokens of an answer, at most")
     add("--temperature", 1.0, "of sampling; 0 is greedy")
-    add("--compare", None, "one policy: a run, or several with a fold each", type=path, nargs="+")
+    add("--compare", None, "a run, or several with a fold each", type=path, nargs="+")
     add("--against", None, "the other one; else each run's start", type=path, nargs="+")
     add("--verdicts", None, "JSON Lines with `id` and `winner`", type=path)
     # fmt: on
@@ -1098,8 +1096,8 @@ def parse_args(argv=None):
     one_set = args.split_mode == "prompt_seeded" and args.eval_fold_index is not None
     require(not one_set, "--eval_fold_index goes with --split_mode prompt_fold")
     require(args.compare or not (args.against or args.verdicts), "--verdicts: of which --compare?")
-    extra = args.value != "prompt" or args.share_policy_and_value_backbone
-    require(args.loss == "dro_v" or not extra, "--value and --share_… go with --loss dro_v")
+    of_v = args.value != "prompt" or args.share_policy_and_value_backbone
+    require(args.loss == "dro_v" or not of_v, "--value and --share_… go with --loss dro_v")
     takes_mean = args.loss == "kto" or args.value == "batch"
     require(args.train_batch_size > 1 or not takes_mean, "one row has no batch's mean")
     return args
@@ -1109,8 +1107,7 @@ def parse_args(argv=None):
 def begin(args, newest):
     """Load and check all, and only then write; a run that goes on must find the same data."""
     folder = Path(args.output_dir)
-    empty = args.resume or not any(folder.glob("[!.]*"))
-    require(empty, f"--output_dir {folder} is not empty: give another one, or --resume it")
+    require(args.resume or not any(folder.glob("[!.]*")), f"--output_dir {folder} is not empty")
     model = newest or args.model_name_or_path
     policy, tokenizer = load_policy(model, args.model_revision, args.seed)
     seq2seq = policy.config.is_encoder_decoder
@@ -1143,7 +1140,7 @@ def run(args):
         load_checkpoint(state, newest)
     elif RANK == 0:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-    score_reference(state, may_score=newest is None)  # reference_logps.safetensors
+    score_reference(state)  # reference_logps.safetensors
     if state.step == 0:
         evaluate(state)
         generate(state)  # generations-0.jsonl
@@ -1186,18 +1183,18 @@ def main(argv=None):
         else:
             run(args)
     except (UserError, FloatingPointError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        says = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        says = " ".join(str(error).split())[:500] or type(error).__name__
         if isinstance(error, RuntimeError) and "memory" not in says:
             raise
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         if code != 2 and args and Path(args.output_dir, "args.json").exists():
             says += f"; go on with --resume {args.output_dir} (and a lower --micro_batch_tokens)"
-        if RANK == 0 or code == 1:  # what a user can put right, all processes find alike
+        if RANK == 0 or code == 1:  # a UserError, all processes find alike
             tqdm.write(f"drov.py: error: {says}", file=sys.stderr)
         sys.exit(code)
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows no π shows a question mark
+        stream.reconfigure(errors="replace")  # where a terminal knows no π
     main()
