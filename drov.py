@@ -779,7 +779,7 @@ def every_roll(prompts):
 def dice_reference(state):
     """Train `state.policy` on fair rolls: π_ref. It is kept in RUN/sft, for a run that goes on."""
     folder = Path(state.args.output_dir, "sft")
-    if not folder.exists():
+    if not gather(folder.exists())[0]:
         data = state.data["train"]
         parameters = list(state.policy.parameters())
         optimizer = torch.optim.Adafactor(parameters, beta2_decay=-0.8, eps=(1e-15, 1e-3))
@@ -1019,7 +1019,7 @@ def make_parser():
         parser.add_argument(flag, default=default, help=f"{text} (default: {default})", **options)
 
     # fmt: off
-    add("--dice", False, "the example with a known answer", **switch)
+    add("--dice", False, "the example", **switch)
     add("--output_dir", None, "new or empty folder; else runs/TIME", type=path)
     add("--resume", None, "go on with a run", type=path)
     add("--seed", 42, "of split, batches, V's output, answers, dice")
@@ -1038,7 +1038,7 @@ def make_parser():
     add("--max_eval_samples", None, "the same of the held-out ones", type=int)
     add("--max_prompt_length", 512, "tokens of x")
     add("--max_completion_length", 512, "tokens of y")
-    add("--model_name_or_path", MODEL, "hub name or folder: π_ref, where π starts", type=path)
+    add("--model_name_or_path", MODEL, "hub name or folder: π_ref", type=path)
     add("--model_revision", None, "hub commit", type=str)
     add("--share_policy_and_value_backbone", False, "V reads π's states; paper: worse", **switch)
     add("--bf16", bf16, "bfloat16 autocast", action=argparse.BooleanOptionalAction)
@@ -1116,14 +1116,14 @@ def begin(args, newest):
     prompt = 0 if seq2seq else data["eval"].lengths[:, 0].max()
     needed = max(prompt + args.max_new_tokens, *[rows.widths.max() for rows in data.values()])
     require(needed <= limit, f"{needed} tokens are too many for the model's {limit} positions")
-    gather("all have looked into the folder")
+    file = folder / "prompt_split_manifest.json"
+    known = gather(file.exists())[0]  # all have looked into the folder before one writes
     if not args.resume:
         save_json(folder / "args.json", vars(args), indent=2)
-    file = folder / "prompt_split_manifest.json"
-    if not file.exists():
+    if not known:
         save_json(file, manifest, indent=2)
     same = json.loads(file.read_text("utf-8")) == json.loads(json.dumps(manifest))
-    require(same, f"the data are not those of {file} any longer")
+    require(same, f"the data are not those of {file}")
     state = {"data": data, "fold_of": fold_of, "manifest": manifest, "value_model": None, "step": 0}
     return argparse.Namespace(args=args, policy=policy, tokenizer=tokenizer, **state)
 
@@ -1173,7 +1173,7 @@ def main(argv=None):
             with loading("the other processes (start them with torchrun, or unset WORLD_SIZE)"):
                 dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
-        args = gather(parse_args(argv))[0]  # a folder's name may hold the time
+        args = gather(parse_args(argv))[0]  # the name may hold the time
         if args.dice:
             torch.set_num_threads(1)  # so small a model is no faster with more
         if args.compare:
@@ -1189,7 +1189,7 @@ def main(argv=None):
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         if code != 2 and args and Path(args.output_dir, "args.json").exists():
             says += f"; go on with --resume {args.output_dir} (and a lower --micro_batch_tokens)"
-        if RANK == 0 or code == 1:  # a UserError, all processes find alike
+        if RANK == 0 or code == 1:  # a UserError is the same for all
             tqdm.write(f"drov.py: error: {says}", file=sys.stderr)
         sys.exit(code)
 
