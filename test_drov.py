@@ -43,9 +43,9 @@ FLAGS = """--dataset_name rows.jsonl --num_eval_prompts 4 --per_device_train_bat
     --max_grad_norm 1 --model_name_or_path"""
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
 {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"""
-INST = """<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
+TEMPLATES = {"chatml": CHATML, "dated": "{{ strftime_now('%d %b %Y') }}" + CHATML}
+TEMPLATES["inst"] = """<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
 {% else %}{{ m.content }}</s>{% endif %}{% endfor %}"""
-DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
 # fmt: on
 main = lambda flags: drov.main(flags.split())
 args_of = lambda flags: drov.parse_args(flags.split())
@@ -79,11 +79,9 @@ def tokenizer_of(kind):
     tok.add_special_tokens(special)
     around = {"unigram": "$A </s>", "bos": "<s> $A", "inst": "<s> $A"}.get(kind, "$A")
     tok.post_processor = processors.TemplateProcessing(around, None, [("</s>", 1), ("<s>", 3)])
-    template = {"inst": INST, "chatml": CHATML, "dated": DATED}.get(kind)
     names = {"eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>", "pad_token": pad}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tok, chat_template=template, model_max_length=16, **names
-    )
+    names |= {"chat_template": TEMPLATES.get(kind), "model_max_length": 16}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tok, **names)
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +94,8 @@ def here(tmp_path, monkeypatch):
         model_of(family, vocab_size=size).save_pretrained(name)
         tokenizer_of(kind).save_pretrained(name)
     texts = ["".join(rng.choice(list("abc de"), rng.integers(2, 12))) + "." for _ in range(60)]
-    names = ("prompt", "completion", "reward")
-    rows = zip([f"say {i % 30}" for i in range(60)], texts, map(len, texts), strict=True)
-    write_lines("rows.jsonl", [dict(zip(names, row, strict=True)) for row in rows])
+    rows = [{"prompt": f"say {i % 30}", "completion": y} for i, y in enumerate(texts)]
+    write_lines("rows.jsonl", [row | {"reward": len(row["completion"])} for row in rows])
 
 
 def fails(flags, code=2):
@@ -117,7 +114,6 @@ def begin(more="", kind="t5"):
     return state
 
 
-# --------------------------------------------------------------------------------------- losses
 @each("tau", [0.1, 1.0, 5.0])
 def test_gradients_are_eq_7_and_eq_8_over_tau_and_kto_is_as_defined(tau):
     torch.manual_seed(0)
@@ -138,30 +134,6 @@ def test_gradients_are_eq_7_and_eq_8_over_tau_and_kto_is_as_defined(tau):
     assert kto.tolist() == approx([1 - 1 / (1 + np.exp(-tau * x)) for x in margins])
 
 
-@each(("tau", "printed", "ends_there"), [(0.5, False, True), (0.5, True, False), (1.0, True, True)])
-def test_descent_ends_at_eq_2_and_of_algorithm_1_as_printed_only_at_tau_1(tau, printed, ends_there):
-    torch.manual_seed(1)
-    draw = partial(torch.randn, 3, 4, dtype=torch.float64)  # 3 prompts × 4 completions
-    ref_logps, rewards, mu = draw().log_softmax(-1), draw(), draw().sigmoid() + 0.2  # uneven
-    logits = ref_logps.clone().requires_grad_()
-    values = draw()[:, :1].requires_grad_()
-    for _ in range(1500):
-        logps = logits.log_softmax(-1)
-        spread = values.expand(3, 4)
-        loss, value_loss, _ = drov.dro_v_loss(logps, ref_logps, spread, rewards, tau)
-        if printed:  # −(∇log π (r − V) − ½ ∇(log π/π_ref)²): the square has lost its τ
-            loss = 0.5 * (logps - ref_logps).square() - logps * (rewards - spread.detach())
-        loss = ((loss + value_loss) * mu / mu.sum(-1, keepdim=True)).sum()
-        inputs = (logits, values)
-        for x, gradient in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):
-            x.data -= 0.7 * gradient
-    exact = tau * torch.logsumexp(ref_logps + rewards / tau, -1, keepdim=True)
-    policy = (ref_logps + (rewards - exact) / tau).exp()
-    off = [(logits.softmax(-1) - policy).abs().max().item(), (values - exact).abs().max().item()]
-    assert max(off) < 1e-3 if ends_there else min(off) > 0.03
-
-
-# --------------------------------------------------------------------------------------- models
 @each("family", ["t5", "bart", "llama", "qwen2", "gemma2", "gpt_neox", "gpt2", "opt", "bloom",
                  "mamba"])  # fmt: skip
 def test_logps_and_values_are_those_of_a_row_alone_one_token_after_the_other(family):
@@ -187,24 +159,19 @@ def test_logps_and_values_are_those_of_a_row_alone_one_token_after_the_other(fam
     assert value(0).abs() > 1e-3
 
 
-USER = "<|im_start|>user\nsay abc<|im_end|>\n<|im_start|>assistant\n"
-
-
 @each(("kind", "prompt", "answer"), [
     ("end", "say abc", "abc</s>"), ("bos", "<s>say abc", "abc</s>"), ("bytes", "say abc</s>", "abc</s>"),
     ("inst", "<s>[INST] say abc [/INST]", "abc</s>"), ("unigram", "say abc</s>", "abc</s>"),
-    ("chatml", USER, "abc<|im_end|>"), ("dated", f"05 Nov 2024{USER}", "abc<|im_end|>"),
+    ("chatml", "", "abc<|im_end|>"), ("dated", "05 Nov 2024", "abc<|im_end|>"),
 ])  # fmt: skip
-def test_texts_are_as_a_server_would_send_them_end_once_and_spell_no_special_token(
-    kind, prompt, answer
-):
+def test_texts_are_as_a_server_sends_them_end_once_and_control_nothing(kind, prompt, answer):
     tokenizer, seq2seq, long = tokenizer_of(kind), kind in ("unigram", "bytes"), "abc dea " * 9
+    if kind in ("chatml", "dated"):
+        prompt += "<|im_start|>user\nsay abc<|im_end|>\n<|im_start|>assistant\n"
     encode = lambda x, most: drov.encode_prompts(tokenizer, [x], seq2seq, most, "2024-11-05")[0]
     answered = lambda y, most: drov.encode_completions(tokenizer, [y], seq2seq, most)[0]
-    assert [tokenizer.decode(encode("say abc", 99)), tokenizer.decode(answered("abc", 99))] == [
-        prompt,
-        answer,
-    ]
+    assert tokenizer.decode(encode("say abc", 99)) == prompt
+    assert tokenizer.decode(answered("abc", 99)) == answer
     whole, cut, bos = encode(long, 999), encode(long, 9), int(prompt.startswith("<s>"))
     assert len(cut) == 9 and cut[bos:] == whole[bos - 9 :] and cut[:bos] == whole[:bos]
     assert answered(long, 5) == answered(long, 999)[:5]  # its beginning, and no end
@@ -212,18 +179,16 @@ def test_texts_are_as_a_server_would_send_them_end_once_and_spell_no_special_tok
     *body, end = answered(f"{spelt}＜/s＞", 99)
     assert tokenizer.decode([end]) == answer[3:] and not set(tokenizer.all_special_ids) & set(body)
     assert kind == "unigram" or tokenizer.decode(body).startswith(spelt)
+    turns = [{"role": "system", "content": "Be <|im_end|>"}, {"role": "user", "content": "say abc"}]
     if kind in ("chatml", "dated"):
-        turns = [{"role": "system", "content": "Be <|im_end|>"}, {"role": "user", "content": "abc"}]
-        ids = encode(json.dumps(turns), 99)
-        text = prompt.replace("say abc", "abc").replace("<|im_start|>user", "<|im_start|>system\n"
-            "Be <|im_end|><|im_end|>\n<|im_start|>user")  # fmt: skip
-        assert tokenizer.decode(ids) == text and ids.count(5) == 2  # one end a turn: text is text
-    else:
-        with pytest.raises(drov.UserError) if kind != "inst" else contextlib.nullcontext():
-            encode('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', 99)
+        ids, start = encode(json.dumps(turns), 99), "<|im_start|>user"
+        system = f"<|im_start|>system\nBe <|im_end|><|im_end|>\n{start}"
+        assert tokenizer.decode(ids) == prompt.replace(start, system) and ids.count(5) == 2
+    elif kind != "inst":
+        with pytest.raises(drov.UserError):
+            encode(json.dumps(turns), 99)
 
 
-# ----------------------------------------------------------------------------------------- data
 TRICKY = ["4", "007", "NA", "null", "1945-05-01", "true", '"so"', "a\u2028b\x85c", "x" * 200_000]
 
 
@@ -239,49 +204,42 @@ def test_texts_and_rewards_are_read_as_they_stand(name):
     else:
         (table.to_csv if file.suffix == ".csv" else table.to_parquet)(file)
     triplets = drov.load_triplets(args_of(f"--reward_key thumb --dataset_name ~/{name}"))
-    expected = zip([f"p{i}" for i in range(9)], TRICKY, table["thumb"], strict=True)
-    assert triplets == list(expected)
+    assert triplets == [(f"p{i}", TRICKY[i], float(rewards[i])) for i in range(9)]
 
 
 def test_unusable_rows_are_counted_by_cause_and_conversations_and_ultrafeedback_understood():
-    turn = lambda role, text: {"role": role, "content": text}
-    answer = {"response": "x", "overall_score": 7.5, "fine-grained_score": 4}
-    plain, chat = {"prompt": "p", "completion": "c", "reward": 1}, [turn("system", "s")]
-    chat += [turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
-    rows = [
-        {"prompt": [turn("user", "p")], "completion": [turn("assistant", "c")], "reward": "true"},
-        plain | {"prompt": chat}, plain | {"prompt": json.dumps(chat, indent=1)},
-        {"instruction": "u", "completions": [answer, answer | {"overall_score": "N/A"}]},
-        plain | {"prompt": chat[:3]}, plain | {"prompt": []}, plain | {"prompt": "p\ud83c"},
-        plain | {"completion": chat}, plain | {"completion": 6}, plain | {"reward": np.nan},
-        {"instruction": "u", "completions": []},
-    ]  # fmt: skip
-    write_lines("a.jsonl", rows)
+    chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+    plain = {"prompt": "p", "completion": "c", "reward": "true"}
+    good = [plain | {"prompt": x} for x in (chat[1:2], chat, json.dumps(chat, indent=1))]
+    answers = [{"response": "x", "overall_score": 7.5, "my": 4}, {"response": "y", "my": 4}]
+    rated = {"instruction": "u", "completions": answers}
+    wrong = [{"prompt": chat[:3]}, {"prompt": []}, {"prompt": "p\ud83c"}, {"completion": chat}]
+    wrong += [{"completion": 6}, {"completion": " "}, {"reward": np.nan}, {"reward": "good"}]
+    write_lines("a.jsonl", [*good, rated, *[plain | x for x in wrong]])
     dropped = Counter()
-    triplets = drov.load_triplets(args_of("--dataset_name a.jsonl"), dropped)
-    assert triplets[0] == ("p", "c", 1.0) and triplets[3:] == [("u", "x", 7.5)]
-    assert triplets[1] == triplets[2] and json.loads(triplets[1][0]) == chat
-    assert dropped == {"prompt": 3, "completion": 3, "reward": 2}
-    write_lines("a.jsonl", rows[3:4])
-    load = lambda key: drov.load_triplets(args_of(f"--dataset_name a.jsonl --reward_key {key}"))
-    assert [reward for _, _, reward in load("fine-grained_score")] == [4, 4]
+    first, *both, last = drov.load_triplets(args_of("--dataset_name a.jsonl"), dropped)
+    assert first == ("a", "c", 1.0) and last == ("u", "x", 7.5)
+    assert both[0] == both[1] and json.loads(both[0][0]) == chat
+    assert dropped == {"prompt": 3, "completion": 3, "reward": 3}
+    write_lines("a.jsonl", [rated])
+    assert len(drov.load_triplets(args_of("--dataset_name a.jsonl --reward_key my"))) == 2
 
 
 FOLDS = {"seed": 1, "num_eval_prompts": 3, "num_eval_folds": 3, "eval_prompts_per_fold": 4}
 
 
-@each("mode", ["prompt_seeded", "prompt_fold"])
-def test_splits_are_disjoint_repeatable_and_blind_to_the_order_of_rows(mode):
-    prompts, how = [f"prompt {i % 40}" for i in range(120)], {"eval_fold_index": 0} | FOLDS
-    split = lambda prompts, **more: drov.split_prompts(prompts, mode, **how | more)
-    train, held_out = split(prompts)
-    assert (train, held_out) == split(prompts[::-1]) == split(sorted(prompts))
-    assert sorted(train + held_out) == sorted(set(prompts))
-    assert held_out != split(prompts, seed=2)[1]
-    if mode == "prompt_fold":
-        one, two, three = (split(prompts, eval_fold_index=fold)[1] for fold in range(3))
-        assert split(prompts, eval_fold_index="all")[1] == one + two + three
-        assert len(set(one + two + three)) == 12
+def test_splits_are_disjoint_repeatable_and_blind_to_the_order_of_rows():
+    prompts = [f"prompt {i % 40}" for i in range(120)]
+    split = lambda some, mode, fold, **x: drov.split_prompts(
+        some, mode, eval_fold_index=fold, **FOLDS | x
+    )
+    for mode in ("prompt_seeded", "prompt_fold"):
+        train, held_out = split(prompts, mode, 0)
+        assert (train, held_out) == split(prompts[::-1], mode, 0)
+        assert sorted(train + held_out) == sorted(set(prompts))
+        assert held_out != split(prompts, mode, 0, seed=2)[1]
+    folds = [prompt for fold in range(3) for prompt in split(prompts, mode, fold)[1]]
+    assert split(prompts, mode, "all")[1] == folds and len(set(folds)) == 12
 
 
 def test_statistics_are_the_training_sides_and_limits_keep_whole_prompts_by_hash():
@@ -299,25 +257,10 @@ def test_statistics_are_the_training_sides_and_limits_keep_whole_prompts_by_hash
     assert (mean, std) == (trained.mean(), trained.std()) and 0 < mean < 1
     assert train.rewards.tolist() == approx((trained - mean) / std)
     assert state.data["eval"].rewards.min() > 1e5 and manifest["cut_completions"] == 1
-    assert Counter(state.fold_of.values()) == {0: 2, 1: 2, 2: 2}
     assert [manifest[name] for name in ("train_rows", "train_prompts", "eval_rows")] == [8, 4, 12]
-    assert {fold: len(held) for fold, held in manifest["held_out"].items()} == dict(
-        zip("012", [2, 2, 2], strict=True)
-    )
+    assert [(fold, len(x)) for fold, x in manifest["held_out"].items()] == [(i, 2) for i in "012"]
 
 
-def test_batches_are_one_endless_stream_and_pieces_lose_no_row():
-    batches = [drov.step_rows(step, 10, 4, 0) for step in range(1, 6)]
-    assert sorted(np.concatenate(batches)) == sorted([*range(10)] * 2)
-    lengths = np.random.default_rng(0).integers(1, 100, size=(64, 2))
-    pieces = drov.micro_batches(np.arange(64), lengths, 512)
-    assert sorted(np.concatenate(pieces)) == list(range(64))
-    padded = np.array([len(piece) * lengths[piece].max(0).sum() for piece in pieces])
-    tokens = np.array([lengths[piece].sum() for piece in pieces])
-    assert (padded <= 512).all() and (padded - tokens <= 51.2).all()
-
-
-# ------------------------------------------------------------------------------------- the loop
 @each("kind", ["t5", "llama"])
 @each("loss", ["--value prompt", "--value constant", "--value batch", "--loss kto", "--loss sft"])
 def test_a_step_has_its_losss_gradient_whole_and_cut(loss, kind):
@@ -371,13 +314,8 @@ def test_one_batch_is_overfitted_a_hundredfold():
     assert len(losses) == 150 and losses[-1] < losses[0] / 100
 
 
-@each(
-    ("kind", "signum"),
-    [("t5", signal.SIGKILL), ("llama", signal.SIGKILL), ("llama", signal.SIGINT)],
-)
-def test_a_killed_run_goes_on_to_the_bit_and_what_would_be_another_run_is_refused(
-    kind, signum, capsys
-):
+@each(("kind", "signum"), [("t5", signal.SIGKILL), ("llama", signal.SIGKILL), ("t5", signal.SIGINT)])  # fmt: skip
+def test_a_killed_run_goes_on_to_the_bit_and_another_run_is_refused(kind, signum):
     more = ("--max_steps 30 --save_steps 4 --logging_steps 3 --save_total_limit 3", kind)
     run(*more, "whole")
     command = [sys.executable, drov.__file__, *flags(*more, "cut").split()]
@@ -392,14 +330,13 @@ def test_a_killed_run_goes_on_to_the_bit_and_what_would_be_another_run_is_refuse
     assert "max_steps was 30" in fails("--resume cut --max_steps 31")
     assert "is not empty" in fails(flags(*more, "cut"))
     main("--resume cut --save_total_limit 2")
-    names = ["value_model.safetensors", "model.safetensors"]
-    for file in (*names, "generations-0.jsonl", "generations-30.jsonl"):
+    answers = ("generations-0.jsonl", "generations-30.jsonl")
+    for file in ("value_model.safetensors", "model.safetensors", *answers):
         assert Path("cut", file).read_bytes() == Path("whole", file).read_bytes(), file
     assert metrics("cut") == metrics("whole")
-    assert [path.name for path in drov.checkpoints(args_of("--output_dir cut"))] == [
-        "checkpoint-28", "checkpoint-30"]  # fmt: skip
-    main("--resume cut")
-    assert "is finished" in capsys.readouterr().out
+    kept = [path.name for path in drov.checkpoints(args_of("--output_dir cut"))]
+    assert kept == ["checkpoint-28", "checkpoint-30"]
+    main("--resume cut")  # it is finished
     Path("cut/results.json").unlink()
     file = Path("cut/checkpoint-30/model.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
@@ -417,54 +354,38 @@ def test_what_is_not_finite_ends_the_run_and_is_not_saved():
     assert "not finite" in fails("--resume run", code=1)
 
 
-@each(("more", "ends"), [
-    ("", (5e-4, 1e-3)), ("--lr_scheduler_type linear --warmup_steps 0 --optim adamw", (8e-4, 2e-4)),
-])  # fmt: skip
-def test_rates_follow_their_flags_with_a_shared_backbone_in_bf16(more, ends):
-    more += " --share_policy_and_value_backbone --bf16 --logging_steps 1"
-    run(f"{more} --value_learning_rate 2e-3", "llama")
-    rates = [line["lr"] for line in metrics("run") if "lr" in line]
-    assert [rates[0], rates[-1]] == approx(ends)
-    policy, value = (load_file(f"run/{x}model.safetensors") for x in ("", "value_"))
+def test_the_same_command_gives_the_same_answers_with_a_shared_backbone_and_in_bf16():
+    more = "--split_mode prompt_fold --num_eval_folds 2 --eval_prompts_per_fold 3 --optim adamw"
+    more += " --eval_fold_index all --share_policy_and_value_backbone --bf16 --max_steps"
+    for kind in ("t5", "llama"):
+        for out, more_still in {"a": "2", "b": "0", "c": "0 --temperature 0"}.items():
+            run(f"{more} {more_still}", kind, kind + out)
+        ours, same, greedy = (read_lines(f"{kind}{out}/generations-0.jsonl") for out in "abc")
+        assert ours == same != greedy
+        folds = [line["fold"] for line in read_lines(f"{kind}a/generations-2.jsonl")]
+        assert folds == [0, 0, 0, 1, 1, 1]
+    policy, value = (load_file(f"llamaa/{x}model.safetensors") for x in ("", "value_"))
     assert policy["model.norm.weight"].equal(value["body.norm.weight"])  # one backbone for both
-
-
-@each("kind", ["t5", "llama"])
-def test_the_same_command_gives_the_same_answers_and_a_run_leaves_what_it_should(kind):
-    model, tokenizer = drov.load_policy(kind)
-    model.generation_config.update(num_beams=3, repetition_penalty=9.0, do_sample=True)
-    model.save_pretrained("own")
-    tokenizer.save_pretrained("own")
-    more = "--split_mode prompt_fold --num_eval_folds 2 --eval_prompts_per_fold 3"
-    more += " --eval_fold_index all --max_steps"
-    run(f"{more} 2", kind, "a")
-    run(f"{more} 0", "own", "b")
-    run(f"{more} 0 --temperature 0", kind, "c")
-    ours, same, greedy = (read_lines(f"{out}/generations-0.jsonl") for out in "abc")
-    assert ours == same != greedy
-    assert [line["fold"] for line in read_lines("a/generations-2.jsonl")] == [0, 0, 0, 1, 1, 1]
-    assert drov.load_policy("b")[0].generation_config.repetition_penalty == 9.0
 
 
 def test_held_out_numbers_are_what_they_are_called():
     state = begin("--tau 0.5")
-    Path("run").mkdir(exist_ok=True)
     rows = state.data["eval"]
     rows.ref_logps = drov.score(state, rows)[0]
     drov.evaluate(state)
     rows.ref_logps = rows.ref_logps - rows.rewards  # now log π/π_ref = r, and V = 0
     drov.evaluate(state)
     start, line = metrics("run")
-    r = rows.rewards.double().numpy()
     assert (start["eval_log_ratio_mean"], start["eval_pair_accuracy"]) == (0, 0.5)
     assert "eval_reward_correlation" not in start
-    names = ("pair_accuracy", "log_ratio_mean", "loss", "residual_std", "value_explained_variance",
-             "reward_correlation")  # fmt: skip
-    expected = (1, r.mean(), 0.5 * np.square(0.5 * r).mean(), 0.5 * r.std(), 0, 1)
-    assert [line[f"eval_{name}"] for name in names] == approx(expected, rel=1e-4, abs=1e-4)
+    r = rows.rewards.double().numpy()
+    expected = {"pair_accuracy": 1, "log_ratio_mean": r.mean(), "reward_correlation": 1}
+    expected |= {"loss": 0.5 * np.square(0.5 * r).mean(), "residual_std": 0.5 * r.std()}
+    expected |= {"value_explained_variance": 0, "residual_mean": 0.5 * r.mean()}
+    found = {name[5:]: x for name, x in line.items() if name != "step"}
+    assert found == approx(expected, rel=1e-4, abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------ processes
 def test_processes_train_as_one_does_for_each_loss_and_kind_of_model():
     more = "--max_steps 6 --save_steps 6 --max_eval_samples 3 --learning_rate 1e-4"
     losses = [f"{more} {loss}" for loss in ("--value prompt", "--value batch", "--loss kto")]
@@ -486,7 +407,6 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model():
     main("--resume some0 --gradient_accumulation_steps 2")
 
 
-# ----------------------------------------------------------------------------- dice, comparison
 @pytest.fixture(scope="session", autouse=True)
 def dice(tmp_path_factory):
     """The example, beside the other tests; its folder."""
@@ -497,33 +417,7 @@ def dice(tmp_path_factory):
     process.kill()
 
 
-def pairs_of(n, chance=0.5, seed=0):
-    """Pairs of which ours is the good one by chance, and the same with the sides swapped."""
-    ours, theirs = {}, {}
-    for i, win in enumerate(np.random.default_rng(seed).random(n) < chance):
-        answers = ("good", "bad") if win else ("bad", "good")
-        for side, answer in zip((ours, theirs), answers, strict=True):
-            side[f"prompt {i}"] = {"completion": f"{answer} {i}", "fold": i % 2}
-    return drov.make_pairs(ours, theirs), drov.make_pairs(theirs, ours)
-
-
-@each("p", [0.5, 0.9, 0.99])
-def test_the_interval_covers_the_true_rate_and_swapping_the_sides_turns_it_round(p):
-    won = lambda pairs: np.array([float(x[x["ours"]].startswith("good")) for x in pairs])
-    rates = lambda pairs: drov.win_rates(won(pairs), np.array([x["fold"] for x in pairs]))
-    seen = lambda pairs: [[pair[name] for name in ("id", "prompt", "A", "B")] for pair in pairs]
-    intervals = [rates(pairs_of(100, p, seed)[0])["interval"] for seed in range(200)]
-    assert np.mean([low <= p <= high for low, high in intervals]) >= 0.90
-    low, high = rates(pairs_of(5, 1.0)[0])["interval"]
-    assert low < 0.6 and high == 1  # five that agree are no certainty
-    pairs, swapped = pairs_of(200, p)
-    assert seen(pairs) == seen(swapped) and 60 < sum(pair["ours"] == "A" for pair in pairs) < 140
-    ours = rates(pairs)
-    assert ours["win_rate"] == approx(1 - rates(swapped)["win_rate"])
-    assert ours["std"] == approx(np.std(list(ours["folds"].values()), ddof=1))
-
-
-def test_verdicts_count_with_their_mean_and_what_does_not_compare_is_refused(capsys):
+def test_verdicts_count_with_their_mean_and_what_does_not_compare_is_refused():
     run("--learning_rate 0.3", "llama")  # far enough for other answers
     compare = "--compare run --output_dir versus"
     main(compare)
@@ -534,14 +428,16 @@ def test_verdicts_count_with_their_mean_and_what_does_not_compare_is_refused(cap
     wins = [{"id": x["id"], "winner": mine[x["id"]]} for x in pairs if x["A"] != x["B"]]
     write_lines("v.jsonl", [*wins, wins[0] | {"winner": "tie"}, {"id": "else", "winner": "tie"}])
     main(f"{compare} --verdicts v.jsonl")
-    length = np.mean([len(x["completion"]) for x in ours])
-    assert f"ours have {length:.0f} characters" in capsys.readouterr().out
     rates, score = read_json("versus/win_rates.json"), len(wins) - 0.25 + 0.5 * (4 - len(wins))
     assert rates["win_rate"] == score / 4 and rates["std"] is None  # equal answers are a tie
-    assert rates["mean_characters"][0] == approx(length)
-    for last, says in (({"id": "else", "winner": "C"}, "no verdict"), ({"id": "x"}, "cannot load")):
-        write_lines("v.jsonl", [last])
-        assert says in fails(f"{compare} --verdicts v.jsonl")
+    assert rates["mean_characters"][0] == np.mean([len(x["completion"]) for x in ours])
+    low, high = drov.win_rates(np.ones(5), np.arange(5))["interval"]
+    assert 0.5 < low < 0.6 and high == 1  # Wilson's: five that agree are no certainty
+    sides = [{x["prompt"]: x for x in read_lines(f"run/generations-{i}.jsonl")} for i in (4, 0)]
+    there, back = drov.make_pairs(*sides), drov.make_pairs(*sides[::-1])
+    assert all(x | {"ours": y["ours"]} == y for x, y in zip(there, back, strict=True))
+    write_lines("v.jsonl", [{"id": "else", "winner": "C"}])
+    assert "no verdict" in fails(f"{compare} --verdicts v.jsonl")
     run("--temperature 0.5", "llama", "warm")
     assert "do not compare" in fails("--compare run --against warm")
     assert "answers a prompt again" in fails("--compare run run")
@@ -551,14 +447,8 @@ def test_dice_come_to_the_optimum_that_is_known(dice):
     results = read_json(dice() / "results.json")
     assert results["gain_share"] >= 0.98 and results["policy"]["valid"] >= 0.95
     assert results["value_rmse"] < 0.15 and results["sft"]["kl"] == 0
-    assert (
-        results["sft"]["objective"]
-        < results["policy"]["objective"]
-        < results["optimum"]["objective"]
-    )
 
 
-# --------------------------------------------------------------------------------------- errors
 GOOD = b'{"prompt": "a", "completion": "b", "reward": 1}\n'
 CSV = b"prompt,completion,reward\na,b,1\n"
 
@@ -581,20 +471,11 @@ def test_a_broken_file_ends_in_one_line_that_names_the_place(name, content, says
     ("--tau 0", "--tau 0.0 is out of range"), ("--learning_rate nan", "--learning_rate"),
     ("--unknown", "unrecognized arguments: --unknown"), ("--verdicts v.jsonl", "--compare"),
     ("--compare nothing", "finished run"), ("--eval_fold_index 1", "goes with --split_mode"),
-    ("--value batch --per_device_train_batch_size 1", "one row"),
+    ("--value batch --per_device_train_batch_size 1", "one row"), ("--resume no", "a run's folder"),
     ("--loss kto --value constant", "go with --loss dro_v"), ("--dataset_name no.jsonl", "no.jsonl"),
     ("--split_mode prompt_fold --eval_prompts_per_fold 4 --eval_fold_index 5", "must be 0 to 4"),
     ("--num_eval_prompts 30", "cannot hold out 30 of 30 different prompts"),
-    ("--model_name_or_path nobody/nothing", "nobody/nothing"), ("--resume nothing", "a run's folder"),
-    ("--dataset_name nobody/nothing", "nobody/nothing"),
+    ("--model_name_or_path nobody/no", "nobody/no"), ("--dataset_name nobody/no", "nobody/no"),
 ])  # fmt: skip
 def test_a_wrong_flag_ends_in_one_line_and_claims_no_folder(more, says):
     assert says in fails(f"{flags()} {more}") and not Path("run").exists()
-
-
-def test_a_model_that_lacks_weights_or_positions_is_refused():
-    model_of("llama", vocab_size=263, max_position_embeddings=30).save_pretrained("llama")
-    assert "30 positions" in fails(flags("", "llama"))
-    config = read_json("llama/config.json") | {"num_hidden_layers": 3}
-    Path("llama/config.json").write_text(json.dumps(config))
-    assert "lacks weights" in fails(flags("", "llama"))
