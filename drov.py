@@ -7,14 +7,14 @@ and its reward r. With π_ref, the model that training starts from, the goal is 
 and a function V* of the prompt satisfy Eq. 3, for every x and y. So two networks, π and V, are
 trained to make both sides equal on the data, by Eq. 4:
 
-    max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]                       (Eq. 1)
-    r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)                              (Eq. 3)
-    L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]                             (Eq. 4)
+    max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]      (Eq. 1)
+    r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)      (Eq. 3)
+    L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]      (Eq. 4)
 
 Algorithm 1 is `train`; its two gradients are those of `dro_v_loss`. Commands to paste:
-    python drov.py --dice                                            # the answer is known; a minute
-    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50   # prompt, completion, reward
-    python drov.py --split_mode prompt_fold --eval_fold_index 0      # the paper's T5-L, one fold
+    python drov.py --dice  # the answer is known; a minute
+    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50  # prompt, completion, reward
+    python drov.py --split_mode prompt_fold --eval_fold_index 0  # the paper's T5-L, one fold
     torchrun --nproc_per_node 4 drov.py --split_mode prompt_fold --per_device_train_batch_size 8
 
 Where the paper is silent or contradicts itself (the README has all): Algorithm 1's ½ for Eq. 8's τ/2
@@ -50,7 +50,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# torchrun starts this program several times; a process alone is number 0 of 1.
+# torchrun starts several processes; one alone is number 0 of 1.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD_SIZE > 1 else 0
@@ -108,7 +108,7 @@ def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
     return policy_loss, value_loss, residual
 
 
-def kto_loss(policy_logps, ref_logps, desirable, kl, beta):
+def kto_loss(policy_logps, ref_logps, desirable, kl, beta):  # a further loss: here, and in `train`
     """KTO (arXiv 2402.01306): (B,); `desirable` bool; `kl` (), z₀ of mismatched pairs, no gradient."""
     log_ratio = policy_logps - ref_logps
     margin = torch.where(desirable, log_ratio - kl, kl - log_ratio)
@@ -175,11 +175,11 @@ def sequence_logps(model, batch):
 
 
 class ValueModel(nn.Module):
-    """V_φ(x), what answers to a prompt earn, in normalised rewards; of `policy=None`, one number.
+    """V_φ(x), what answers to a prompt earn, in normalised rewards; without a policy, one number.
 
     The paper leaves it open. Here it is a copy of π_ref below the output layer (`shared`: the
     policy's own, found worse), and a linear output of an encoder's mean, or of the prompt's last
-    state: the difference of two equal layers, so that V starts at 0, the mean reward.
+    state: the difference of two equal layers, for V to start at 0 and yet learn by Adafactor.
     """
 
     def __init__(self, policy, shared=False):
@@ -268,7 +268,7 @@ def as_messages(prompt):
 
 
 def usable_text(part, role):
-    """A text, or that of chat messages that end with `role` (of several their JSON); else None."""
+    """A text; of chat messages that end with `role`, one's text, or several's JSON; else None."""
     chat = as_messages(part) if role == "user" or isinstance(part, list) else None
     if chat:
         if chat[-1]["role"] != role or (role == "assistant" and len(chat) > 1):
@@ -500,7 +500,7 @@ def step_rows(step, num_rows, batch_size, seed):
 
 def micro_batches(rows, widths, max_tokens):
     """This process's share of `rows`, in pieces of like length: a tenth at most is padding."""
-    order = np.lexsort(widths[rows].T)[::-1]  # by completion, then by prompt; or by the whole text
+    order = np.lexsort(widths[rows].T)[::-1]  # longest first, by the last width, then the first
     pieces = [[]]
     for row in rows[order][RANK::WORLD_SIZE]:
         piece = [*pieces[-1], row]
@@ -514,7 +514,8 @@ def micro_batches(rows, widths, max_tokens):
 
 
 # ---------- the loop
-# `state` is a run in memory, as `begin` makes it; `step` is the last one done, `data` rows by name.
+# `state` is a run in memory: args, policy, tokenizer, data (Rows by name), fold_of, manifest, step
+# (the last one done), and from `make_networks` value_model and optimizer.
 def make_networks(state):
     """The value model, where the loss has one, and one optimiser for both networks."""
     args = state.args
@@ -589,7 +590,7 @@ def train(state):
     args = state.args
     data = state.data["train"]
     groups = state.optimizer.param_groups
-    # The rates' factor by step; the + 1, and steps from 1, that no step has a rate of 0.
+    # The rates' factor by step. Steps count from 1 to one less than the end: no rate is 0.
     schedule = (args.lr_scheduler_type, state.optimizer, args.warmup_steps, args.max_steps + 1)
     factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
     window = defaultdict(list)  # what is recorded since the last log line, by name
@@ -599,7 +600,7 @@ def train(state):
         rows = step_rows(batch_of, len(data.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens, however it is cut into pieces.
         divisor = data.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
-        if args.loss == "kto" or args.value == "batch":  # means of the whole batch, no gradients
+        if args.loss == "kto" or args.value == "batch":  # z₀ of mismatched pairs, ū of its own
             other = state.data.get("mismatched", data)
             mean_log_ratio = (score(state, other, rows)[0] - other.ref_logps)[rows].mean().item()
             mean_reward = data.rewards[rows].mean().item()
@@ -607,7 +608,7 @@ def train(state):
             batch = data.batch(piece)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
                 logps = sequence_logps(state.policy, batch)
-                if args.loss == "sft":  # maximum likelihood
+                if args.loss == "sft":
                     loss = -logps
                 elif args.loss == "kto":
                     desirable = batch["rewards"] > mean_reward + 1e-6  # not by rounding alone
@@ -632,7 +633,7 @@ def train(state):
             off = torch.cat(window["log_ratio"]).square().mean().sqrt()
             say(f"before the first update log π/π_ref is {off:.2g} (root mean square)")
         for name, group in zip(("grad_norm", "value_grad_norm"), groups, strict=False):
-            for each in group["params"]:  # a process has its share of the whole batch's mean
+            for each in group["params"]:  # processes have parts of one mean: they add up
                 if WORLD_SIZE > 1 and each.grad is not None:
                     dist.all_reduce(each.grad)
             norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm or math.inf)
@@ -690,7 +691,7 @@ def log(state, metrics):
 
 # ---------- evaluation
 def evaluate(state):
-    """Log the held-out numbers as eval_…, by the same formulas for every loss."""
+    """Log the held-out numbers as eval_…, by one formula for all losses (but SFT's eval_loss)."""
     data = state.data["eval"]
     logps, values = score(state, data, None, state.value_model, "π and V on held-out rows")
     log_ratio = logps - data.ref_logps
@@ -814,8 +815,8 @@ def dice_report(state):
         p = log_p.exp()
         kl = (p * (log_p - log_p[0])).sum(1)
         table.append(torch.stack([p @ rewards, kl, three.logsumexp(1).exp()], dim=1))
-        if len(rows) <= 6:
-            shown = zip(rows, p.T.tolist(), strict=True)
+        if len(table) == 1 or len(rows) <= 6:
+            shown = list(zip(rows, p.T.tolist(), strict=True))[:8]
     say(f"\nEach roll's probability, for a prompt that was never trained on, at τ = {tau:g}:")
     for row, shares in shown:
         for name, share in zip(names.values(), shares, strict=True):
@@ -928,8 +929,8 @@ def compare(args):
 
 
 # ---------- a run on disk
-# `run` says in which order it is written. Each file or folder is whole or not there (the policy once
-# results.json is): a kill at any moment loses what came after the newest checkpoint, no more.
+# `run` says in which order it is written. Each is whole or not there (metrics.jsonl is put back by
+# --resume; the last policy counts with results.json): a kill loses what is after a checkpoint.
 def save_whole(path, write):
     """`write` makes a file or folder under another name, which becomes `path` once it is whole."""
     if RANK == 0:
@@ -1006,11 +1007,10 @@ FREE = ("per_device", "gradient_acc", "micro_batch", "save_total", "resume", "ou
 def make_parser():
     """The flags; their defaults are the paper's T5-L run."""
     parser = argparse.ArgumentParser("drov.py", allow_abbrev=False)
-    parser.error = lambda message: require(False, message)  # one line, no usage text
+    parser.error = lambda message: require(False, message)  # in one line
     path = os.path.expanduser
     fold = lambda text: text if text == "all" else int(text)
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    tokens = 8192 if torch.cuda.is_available() else 1024
+    gpu = torch.cuda.is_available()
     switch = {"action": "store_true"}
 
     def add(flag, default, text, **options):
@@ -1041,7 +1041,7 @@ def make_parser():
     add("--model_name_or_path", MODEL, "hub name or folder: π_ref", type=path)
     add("--model_revision", None, "hub commit", type=str)
     add("--share_policy_and_value_backbone", False, "V reads π's states; paper: worse", **switch)
-    add("--bf16", bf16, "bfloat16 autocast", action=argparse.BooleanOptionalAction)
+    add("--bf16", gpu and torch.cuda.is_bf16_supported(), "bfloat16 autocast", action=argparse.BooleanOptionalAction)
     add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
     add("--value", "prompt", "V(x), a number, DRO-P", choices=("prompt", "constant", "batch"))
     add("--tau", 1.0, "τ, the weight of the KL; KTO's β")
@@ -1054,7 +1054,7 @@ def make_parser():
     add("--max_grad_norm", None, "clip each network's gradient", type=float)
     add("--per_device_train_batch_size", 32, "triplets a step and process")
     add("--gradient_accumulation_steps", 1, "multiplies the batch")
-    add("--micro_batch_tokens", tokens, "padded tokens at once; changes no gradient")
+    add("--micro_batch_tokens", 8192 if gpu else 1024, "padded tokens at once; changes no gradient")
     add("--logging_steps", 10, "steps between two log lines")
     add("--save_steps", 2000, "steps between two checkpoints")
     add("--save_total_limit", None, "checkpoints to keep; else all", type=int)
@@ -1147,7 +1147,7 @@ def run(args):
     train(state)  # metrics.jsonl, checkpoint-…
     if state.step > 0:
         generate(state)
-    results = list(read_file(folder / "metrics.jsonl"))[-1]  # the step, and held-out numbers
+    results = list(read_file(folder / "metrics.jsonl"))[-1]  # held-out numbers
     if "rolls" in state.data:
         results.update(dice_report(state))
     answers = read_file(folder / f"generations-{state.step}.jsonl")
@@ -1187,7 +1187,7 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and "memory" not in says:
             raise
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        if code != 2 and args and Path(args.output_dir, "args.json").exists():
+        if args and code != 2 and "finite" not in says and os.path.exists(args.output_dir):
             says += f"; go on with --resume {args.output_dir} (and a lower --micro_batch_tokens)"
         if RANK == 0 or code == 1:  # a UserError is the same for all
             tqdm.write(f"drov.py: error: {says}", file=sys.stderr)
