@@ -996,7 +996,7 @@ PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # with overall_sco
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40, "max_steps": 300,
     "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",
-    "bf16": False, "warmup_steps": 0, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
+    "bf16": False, "warmup_steps": 60, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
     "logging_steps": 50, "save_steps": 300, "max_new_tokens": 8,
 }  # fmt: skip
 MAY_BE_0 = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
