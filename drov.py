@@ -109,7 +109,7 @@ def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
     return policy_loss, value_loss, residual
 
 
-def kto_loss(policy_logps, ref_logps, desirable, kl, beta):  # a further loss: here, and in `train`
+def kto_loss(policy_logps, ref_logps, desirable, kl, beta):  # another: here, `train`, --loss
     """KTO (arXiv 2402.01306): (B,); `desirable` bool; `kl` (), z₀ of mismatched pairs, no gradient."""
     log_ratio = policy_logps - ref_logps
     margin = torch.where(desirable, log_ratio - kl, kl - log_ratio)
@@ -1075,9 +1075,9 @@ def parse_args(argv=None):
     if args.resume:
         with loading(f"--resume {args.resume}, which must be a run's folder"):
             saved = json.loads(Path(args.resume, "args.json").read_text("utf-8"))
-    if args.overfit_one_batch:
-        parser.set_defaults(warmup_steps=0, logging_steps=1, max_eval_samples=1)
     parser.set_defaults(**(saved or (DICE if args.dice else {})))
+    if args.overfit_one_batch and not saved:
+        parser.set_defaults(warmup_steps=0, logging_steps=1, max_eval_samples=1)
     args = parser.parse_args(argv)
     args.max_steps = args.overfit_steps if args.overfit_one_batch else args.max_steps
     args.date = saved.get("date", time.strftime("%Y-%m-%d"))  # for a template that writes it
