@@ -264,8 +264,7 @@ def test_a_step_has_its_losss_gradient_whole_and_cut(loss, kind):
     close(found, [gradient()] * 2, rtol=1e-3, atol=1e-5)
 
 
-@each("kind,signum,more", [("t5", 9, ""), ("llama", 9, "--bf16 --optim adamw"),
-                           ("llama", 2, "--share_policy_and_value_backbone")])  # fmt: skip
+@each("kind,signum,more", [("t5", 2, "--bf16 --optim adamw"), ("llama", 9, "--share_policy_and_value_backbone")])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_bit_and_another_run_is_refused(kind, signum, more):
     more = (f"{more} --max_steps 30 --save_steps 4 --logging_steps 3 --save_total_limit 3", kind)
     run(*more, "whole")
@@ -333,8 +332,8 @@ def test_processes_train_as_one_does_for_each_loss_and_kind_of_model():
 @pytest.fixture(scope="session", autouse=True)
 def dice(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dice") / "run"
-    command = [sys.executable, drov.__file__, "--dice", "--output_dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    more = f"{drov.__file__} --dice --max_steps 200 --output_dir {folder}"
+    process = subprocess.Popen([sys.executable, *more.split()], stdout=subprocess.DEVNULL)
     yield lambda: process.wait() or folder
     process.kill()
 
