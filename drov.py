@@ -591,7 +591,7 @@ def train(state):
     args = state.args
     data = state.data["train"]
     groups = state.optimizer.param_groups
-    # The rates' factor by step. Steps count from 1 to one less than the end: no rate is 0.
+    # The rates' factor by step (and initial_lr, in the groups); + 1 that no step's rate is 0.
     schedule = (args.lr_scheduler_type, state.optimizer, args.warmup_steps, args.max_steps + 1)
     factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
     window = defaultdict(list)  # what is recorded since the last log line, by name
@@ -639,7 +639,7 @@ def train(state):
                     dist.all_reduce(each.grad)
             norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm or math.inf)
             window[name].append(norm.reshape(1))
-            group["lr"] = group["initial_lr"] * factor(step)  # get_scheduler set initial_lr
+            group["lr"] = group["initial_lr"] * factor(step)
         state.optimizer.step()
         state.optimizer.zero_grad()
         window["step_seconds"].append(torch.tensor([time.perf_counter() - started]))
