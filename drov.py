@@ -3,11 +3,11 @@
 
 The method is that of "Offline Regularised Reinforcement Learning for Large Language Models
 Alignment" (arXiv 2405.19107). The data are triplets: a prompt x, a completion y, whoever wrote it,
-and its reward r. With π_ref, the model that training starts from, the goal is Eq. 1. Its solution π*
-and a function V* of the prompt satisfy Eq. 3, for every x and y. So two networks, π and V, are
-trained to make both sides equal on the data, by Eq. 4:
+and its reward r. With π_ref, the model that training starts from, the goal is Eq. 1. Eq. 2 solves
+it, and in logarithms is Eq. 3. Two networks, π and V, learn to make its sides equal on the data:
 
     max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]      (Eq. 1)
+    π* = π_ref exp((r − V*)/τ),  V*(x) = τ log E_{y~π_ref} exp(r/τ)      (Eq. 2)
     r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)      (Eq. 3)
     L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]      (Eq. 4)
 
@@ -94,7 +94,7 @@ def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
     """DRO-V's policy loss, value loss and the residual of Eq. 3; everything is (B,).
 
     The gradients of the losses' means are Eq. 8 / τ (in `policy_logps`, none in `values`) and Eq. 7
-    (in `values`, none in `policy_logps`), over B. Eq. 4 is ½ mean(residual²). Raises ValueError
+    (in `values`, none in `policy_logps`), divided by B. Eq. 4 is ½ mean(residual²). Raises ValueError
     where torch would make (B, B) of (B,) and a value head's (B, 1).
     """
     log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
@@ -104,12 +104,12 @@ def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
     # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V, with the policy held fixed.
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
     # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, with V held fixed; and
-    # divided by τ, as in the paper: a small τ is to be no small step. (Adafactor and Adam undo that.)
+    # divided by τ, as in the paper: a small τ is to be no small step. (Adafactor and Adam cancel it.)
     policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
     return policy_loss, value_loss, residual
 
 
-def kto_loss(policy_logps, ref_logps, desirable, kl, beta):  # another: here, `train`, --loss
+def kto_loss(policy_logps, ref_logps, desirable, kl, beta):  # a new loss: here, `train`, --loss
     """KTO (arXiv 2402.01306): (B,); `desirable` bool; `kl` (), z₀ of mismatched pairs, no gradient."""
     log_ratio = policy_logps - ref_logps
     margin = torch.where(desirable, log_ratio - kl, kl - log_ratio)
@@ -601,7 +601,7 @@ def train(state):
         rows = step_rows(batch_of, len(data.x), args.train_batch_size, args.seed)
         # A mean over the whole batch, SFT's over its tokens, however it is cut into pieces.
         divisor = data.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
-        if args.loss == "kto" or args.value == "batch":  # z₀ of mismatched pairs, ū of its own
+        if args.loss == "kto" or args.value == "batch":  # KTO's z₀, of mismatched pairs; DRO-P's ū
             other = state.data.get("mismatched", data)
             mean_log_ratio = (score(state, other, rows)[0] - other.ref_logps)[rows].mean().item()
             mean_reward = data.rewards[rows].mean().item()
@@ -657,7 +657,7 @@ def summarise(window, args):
     """What is logged of lists of tensors (N,) by name, from all processes."""
     parts = gather({name: torch.cat(x).cpu().numpy() for name, x in window.items()})
     numbers = {name: np.concatenate([part[name] for part in parts]) for name in window}
-    target = numbers["reward"] - args.tau * numbers["log_ratio"]  # what V is fitted to: Eq. 3
+    target = numbers["reward"] - args.tau * numbers["log_ratio"]  # what V is fitted to: Eq. 7
     # Where there is no V, the best constant for these rows: so all losses' numbers compare.
     residual = target - numbers.get("value", target.mean())
     metrics = {"loss": 0.5 * np.square(residual).mean()}  # Eq. 4
@@ -833,7 +833,7 @@ def dice_report(state):
         say(f"{names[key]:<8}{raw:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}")
     start, reached, best = [results[key]["objective"] for key in names]
     results["gain_share"] = (reached - start) / (best - start)
-    says = f"π_θ has {results['gain_share']:.2%} of the rise of the objective that π* has"
+    says = f"π_θ has {results['gain_share']:.2%} of π*'s rise of the objective, given a valid roll"
     say(f"{says}; V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square)")
     return results
 
