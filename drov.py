@@ -15,7 +15,6 @@ Algorithm 1 is `train`; its two gradients are those of `dro_v_loss`. Commands to
     python drov.py --dice  # the answer is known; a minute
     python drov.py --dataset_name mine.jsonl --num_eval_prompts 50  # prompt, completion, reward
     python drov.py --split_mode prompt_fold --eval_fold_index 0  # the paper's T5-L, one fold
-    torchrun --nproc_per_node 4 drov.py --split_mode prompt_fold --per_device_train_batch_size 8
 
 Where the paper is silent or contradicts itself (the README has all): Algorithm 1's ½ for Eq. 8's τ/2
 is a slip; the training rows alone normalise rewards; V is a copy of π_ref with a linear output. Left
@@ -917,8 +916,9 @@ def compare(args):
     file = Path(args.output_dir, "pairs.jsonl")
     save_json(file, *[{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs])
     lengths = [np.mean([len(x["completion"]) for x in side.values()]) for side in (ours, theirs)]
-    says = f"{len(pairs)} blind pairs for --verdicts are in {file}; on average ours have"
-    say(f"{says} {lengths[0]:.0f} characters, theirs {lengths[1]:.0f} (judges like length)")
+    equal = sum(pair["A"] == pair["B"] for pair in pairs)
+    says = f"{len(pairs)} blind pairs for --verdicts are in {file}, {equal} of equal answers; on average"
+    say(f"{says} ours have {lengths[0]:.0f} characters, theirs {lengths[1]:.0f}")
     if args.verdicts:
         folds = np.array([pair["fold"] for pair in pairs])
         results = win_rates(load_scores(args.verdicts, pairs), folds)
