@@ -322,7 +322,7 @@ def split_prompts(
             last = first + eval_prompts_per_fold
     require(last <= needed, f"--eval_fold_index must be 0 to {num_eval_folds - 1}, or all")
     enough = needed <= len(unique) and last - first < len(unique)
-    require(enough, f"cannot hold out {needed} of {len(unique)} different prompts")
+    require(enough, f"cannot hold out {needed} of {len(unique)} prompts: lower --num_eval_…")
     return unique[:first] + unique[last:], unique[first:last]
 
 

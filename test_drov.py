@@ -391,7 +391,7 @@ def test_a_broken_file_ends_in_one_line_that_names_the_place(name, content, says
     ("--loss kto --value constant", "go with --loss dro_v"), ("--dataset_name no.jsonl", "no.jsonl"),
     ("--split_mode prompt_fold --eval_prompts_per_fold 4 --eval_fold_index 5", "must be 0 to 4"),
     ("--model_name_or_path nobody/no", "nobody/no"), ("--dataset_name nobody/no", "nobody/no"),
-    ("--num_eval_prompts 30", "cannot hold out 30 of 30"), ("--verdicts v.jsonl", "--compare"),
+    ("--num_eval_prompts 30", "30 of 30 prompts: lower --num_eval_"), ("--verdicts v.jsonl", "--compare"),
     ("--optim adamw --learning_rate 1e9", "not finite"),
 ])  # fmt: skip
 def test_a_wrong_flag_ends_in_one_line_and_claims_no_folder(more, says):
