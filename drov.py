@@ -64,7 +64,7 @@ def say(text):
 
 
 def progress(items, desc=None):
-    """`items`, with a progress bar on a terminal if `desc` gives it a name."""
+    """`items`, with a progress bar on a terminal (disable=None) if `desc` gives it a name."""
     return tqdm(items, desc, disable=RANK > 0 or desc is None or None, dynamic_ncols=True)
 
 
