@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DRO-V in one file: a policy learns from single rated answers, with a value for every prompt.
+"""DRO-V: fine-tune a language model on answers that were rated one by one.
 
-The method is that of "Offline Regularised Reinforcement Learning for Large Language Models
-Alignment" (arXiv 2405.19107). The data are triplets: a prompt x, a completion y, whoever wrote it,
-and its reward r. With π_ref, the model that training starts from, the goal is Eq. 1. Eq. 2 solves
-it, and in logarithms is Eq. 3. Two networks, π and V, learn to make its sides equal on the data:
+This is "Offline Regularised Reinforcement Learning for Large Language Models Alignment"
+(arXiv 2405.19107) in one file. The data are triplets: a prompt x, a completion y, whoever
+wrote it, and its reward r. There are no pairs, no reward model, and no sampling in training.
+π_ref is the model that training starts from. The goal is Eq. 1, and Eq. 2 is its solution:
 
-    max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]      (Eq. 1)
-    π* = π_ref exp((r − V*)/τ),  V*(x) = τ log E_{y~π_ref} exp(r/τ)      (Eq. 2)
-    r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)      (Eq. 3)
-    L(π, V) = ½ E[ (r − V − τ log π/π_ref)² ]      (Eq. 4)
+    max_π  E[ r(x, y) − τ KL(π(·|x) ‖ π_ref(·|x)) ]                       (Eq. 1)
+    π*(y|x) = π_ref(y|x) exp(r(x, y)/τ) / exp(V*(x)/τ),                   (Eq. 2)
+    where V*(x) = τ log E_{y ~ π_ref}[ exp(r(x, y)/τ) ]
 
-Algorithm 1 is `train`; its two gradients are those of `dro_v_loss`. Commands to paste:
-    python drov.py --dice  # the answer is known; a minute
-    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50  # prompt, completion, reward
-    python drov.py --split_mode prompt_fold --eval_fold_index 0  # the paper's T5-L, one fold
+The logarithm of Eq. 2 is Eq. 3, which holds for every completion. So a policy π and a value V
+are fitted to it, on whatever completions the data have, by least squares:
 
-Where the paper is silent or contradicts itself (the README has all): Algorithm 1's ½ for Eq. 8's τ/2
-is a slip; the training rows alone normalise rewards; V is a copy of π_ref with a linear output. Left
-out: pairs, reward models, sampling in training, π_ref in memory, LoRA, dropout.
+    r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)                              (Eq. 3)
+    L(π, V) = ½ E[ (r(x, y) − V(x) − τ log π(y|x)/π_ref(y|x))² ]          (Eq. 4)
+
+Commands to paste:
+    python drov.py --dice  # an example whose optimum is known, in a minute
+    python drov.py --dataset_name mine.jsonl --num_eval_prompts 50  # your own ratings
+    python drov.py --split_mode prompt_fold --eval_fold_index 0  # the paper's T5-L run
+
+Where the paper is silent or contradicts itself, these decisions matter most:
+ 1. The policy's gradient is Eq. 8 divided by τ, which Algorithm 1 misprints.
+ 2. The mean and standard deviation that normalise rewards are those of the training rows.
+ 3. V is a copy of π_ref (or of its encoder), with a linear output that starts at 0.
+Left out are LoRA, sharding, dropout, and a copy of π_ref in memory.
 """
 
 import argparse
-import atexit
+import ast
 import copy
 import csv
 import itertools
@@ -42,7 +49,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import transformers
@@ -50,104 +56,114 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# torchrun starts several processes; one alone is number 0 of 1.
+# =============================== Part I: the method ===============================
+# It calls five functions of part II: log, save_json, save_whole, save_checkpoint, completion_end.
+
+# torchrun numbers the processes that it starts. One on its own is number 0 of 1.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if WORLD_SIZE > 1 else 0
-DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
-
-
-def say(text):
-    """Print a line, above any progress bar; of several processes the first one speaks."""
-    if RANK == 0:
-        tqdm.write(text)
-
-
-def progress(items, desc=None):
-    """`items`, with a progress bar on a terminal (disable=None) if `desc` gives it a name."""
-    return tqdm(items, desc, disable=RANK > 0 or desc is None or None, dynamic_ncols=True)
+DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class UserError(ValueError):
-    """What a user can put right: it ends the program with one line and exit code 2."""
+    """What the user can put right: `main` prints one line, and exits with code 2."""
 
 
 def require(condition, message):
-    """Raises UserError unless `condition` holds."""
+    """Raises UserError with the message unless the condition holds."""
     if not condition:
         raise UserError(message)
 
 
-@contextmanager
-def loading(source):
-    """What a library raises within becomes a UserError that names `source` and gives the reason."""
-    try:
-        yield
-    except Exception as error:
-        says = f"cannot load {source}: {type(error).__name__}: {error}"[:500]
-        raise error if isinstance(error, UserError) else UserError(says) from error
+def say(text):
+    """Print a line, from the first process alone, above any progress bar."""
+    if RANK == 0:
+        tqdm.write(text)
 
 
-# ---------- losses
+def progress(items, work=""):
+    """The items, with a progress bar on a terminal if the work is named."""
+    is_quiet = RANK > 0 or not work or not sys.stderr.isatty()
+    return tqdm(items, work, disable=is_quiet, dynamic_ncols=True)
+
+
+def gather(item):
+    """The items of all processes, by rank. All wait here for the slowest."""
+    items = [item]
+    if WORLD_SIZE > 1:
+        items = [None] * WORLD_SIZE
+        dist.all_gather_object(items, item)
+    return items
+
+
+# --- losses
+# All tensors are (B,), with a number for each row.
 def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
-    """DRO-V's policy loss, value loss and the residual of Eq. 3; everything is (B,).
+    """DRO-V's losses: (policy_loss, value_loss, residual). Eq. 4 is ½ mean(residual²).
 
-    The gradients of the losses' means are Eq. 8 / τ (in `policy_logps`, none in `values`) and Eq. 7
-    (in `values`, none in `policy_logps`), divided by B. Eq. 4 is ½ mean(residual²). Raises ValueError
-    where torch would make (B, B) of (B,) and a value head's (B, 1).
+    The mean of policy_loss has the gradient Eq. 8 / (τB) in policy_logps, and none in values.
+    The mean of value_loss has the gradient Eq. 7 / B in values, and none in policy_logps.
+    Raises ValueError if shapes differ: torch would silently make (B, B) of (B,) and (B, 1).
     """
+    if not policy_logps.shape == ref_logps.shape == values.shape == rewards.shape:
+        raise ValueError(f"values {tuple(values.shape)}, rewards {tuple(rewards.shape)}")
     log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
-    residual = rewards - values - tau * log_ratio  # δ, which is 0 at (π*, V*): Eq. 3
-    if residual.shape != policy_logps.shape:
-        raise ValueError(f"log-probabilities are {policy_logps.shape}, values {values.shape}")
-    # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V, with the policy held fixed.
+    residual = rewards - values - tau * log_ratio  # δ, which is 0 where Eq. 3 holds
+    # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V, with π held fixed.
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
-    # Eq. 8: ∇_θ = −τ [∇log π (r − V) − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, with V held fixed; and
-    # divided by τ, as in the paper: a small τ is to be no small step. (Adafactor and Adam cancel it.)
+    # Eq. 8: ∇_θ = −τ [(r − V) ∇log π − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, with V held fixed,
+    # for ∇(log π/π_ref)² = 2 log π/π_ref ∇log π. The paper divides it by τ. (Adafactor cancels
+    # that, unless gradients are clipped or the two networks share a body.)
     policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
     return policy_loss, value_loss, residual
 
 
-def kto_loss(policy_logps, ref_logps, desirable, kl, beta):  # a new loss: here, `train`, --loss
-    """KTO (arXiv 2402.01306): (B,); `desirable` bool; `kl` (), z₀ of mismatched pairs, no gradient."""
+def dro_p_loss(policy_logps, ref_logps, rewards, mean_u, tau):
+    """DRO-P (Eq. 15), which has no V: ½ (u − ū)²/τ with u = r − τ log π/π_ref.
+
+    mean_u: ū, the mean of u over the whole batch, a number. Eq. 15 is ½ Var(u). Since u − ū sums
+    to 0, its gradient is mean((u − ū) ∇u), as if ū were constant.
+    """
+    u = rewards - tau * (policy_logps - ref_logps)
+    return 0.5 * (u - mean_u).square() / tau
+
+
+def kto_loss(policy_logps, ref_logps, desirable, kl, beta):
+    """KTO (arXiv 2402.01306), the paper's baseline.
+
+    desirable: bool. kl: z₀ ≥ 0, an estimate of the KL divergence, a number.
+    """
     log_ratio = policy_logps - ref_logps
     margin = torch.where(desirable, log_ratio - kl, kl - log_ratio)
     return 1 - torch.sigmoid(beta * margin)
 
 
-# ---------- models
-# A policy is an encoder-decoder or a decoder-only model. A batch is Hugging Face's, padded on the
-# right: `input_ids` and `attention_mask` (B, S), and `labels`, −100 where nothing is predicted. An
-# encoder-decoder's labels are the completion (B, T); a decoder-only model's input is prompt and
-# completion in a row, and its labels (B, S) are −100 on the prompt. `rewards`, `ref_logps`: (B,).
-def load_policy(source, revision=None, seed=0):
-    """A model in float32, without dropout, and its tokenizer; "dice" is a tiny T5. Raises UserError."""
-    if source == "dice":
-        torch.manual_seed(seed)
-        sizes = {"vocab_size": 384, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4}
-        config = transformers.T5Config(**sizes, num_layers=2, decoder_start_token_id=0)
-        policy = transformers.T5ForConditionalGeneration(config)
-        return policy.eval().to(DEVICE), transformers.ByT5Tokenizer()
-    with loading(source):
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
-        for name, value in vars(config).items():
-            if value == "gelu_new":  # the same function in one piece: faster, in less memory
-                setattr(config, name, "gelu_pytorch_tanh")
-        kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
-        load = kinds[1 if config.is_encoder_decoder else 0].from_pretrained
-        options = {"revision": revision, "config": config, "dtype": torch.float32}
-        policy, info = load(source, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-        require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}")
-    return policy.eval().to(DEVICE), tokenizer
+# --- models
+# A batch is a dict of tensors as in Hugging Face's libraries, padded on the right. `labels` are
+# −100 where nothing is predicted.
+#  - Encoder-decoder: `input_ids`, `attention_mask` (B, S) are prompts, `labels` (B, T) completions.
+#  - Decoder-only: all three (B, T) are prompt and completion in a row; prompts' labels are −100.
+# `rewards` and `ref_logps` are (B,).
+def autocast(args):
+    """A context in which products are computed in bfloat16, with --bf16."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
 
 
 @contextmanager
-def float32_head(model, select):
-    """Within it the output layer, the largest product, sees only selected states, in float32."""
+def float32_head(model, is_selected):
+    """Within it, the model's output layer works in float32, and on selected states alone.
+
+    It is the largest product, and in bfloat16 its errors would add up over a completion.
+    is_selected: (B, T) bool, true at N places. The logits are (N, vocabulary).
+    """
     head = model.get_output_embeddings()
-    exact = torch.autocast(DEVICE.type, enabled=False)  # bfloat16 errors add up over a completion
-    head.forward = exact(lambda x: type(head).forward(head, select(x).to(head.weight.dtype)))
+
+    def forward(states):
+        with torch.autocast(DEVICE.type, enabled=False):
+            return nn.functional.linear(states[is_selected].float(), head.weight, head.bias)
+
+    head.forward = forward  # It hides the method of head's class, until it is deleted.
     try:
         yield
     finally:
@@ -155,612 +171,961 @@ def float32_head(model, select):
 
 
 def sequence_logps(model, batch):
-    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of the completion with its end: (B,) float32."""
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t), over a completion and its end: (B,) float32."""
     labels = batch["labels"]
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if model.config.is_encoder_decoder:
-        start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
         inputs["attention_mask"] = batch["attention_mask"]
-        inputs["decoder_input_ids"] = torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
-        targets = labels  # the decoder's state at t has read y_<t
+        # The decoder reads the labels behind a start token, so that it has read y_<t at place t.
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        targets = labels
     else:
-        # The state at t predicts token t + 1: the prompt's last one y_1. What is causal never sees
-        # the padding behind it, and needs no mask.
+        # The state at place t predicts the token at t + 1; the prompt's last one predicts y_1.
+        # A causal model never sees the padding behind a row, and needs no mask.
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    predicted = targets != -100
-    with float32_head(model, lambda states: states[predicted]):
-        logits = model(**inputs).logits.float()  # (N, vocabulary) for the N tokens of completions
-    token_logps = -nn.functional.cross_entropy(logits, targets[predicted], reduction="none")
-    return token_logps.new_zeros(targets.shape).masked_scatter(predicted, token_logps).sum(-1)
+    is_predicted = targets != -100  # (B, T), true at N places
+    with float32_head(model, is_predicted):
+        logits = model(**inputs).logits  # (N, vocabulary)
+    token_logps = -nn.functional.cross_entropy(logits, targets[is_predicted], reduction="none")
+    logps = token_logps.new_zeros(targets.shape)
+    logps[is_predicted] = token_logps
+    return logps.sum(-1)
 
 
 class ValueModel(nn.Module):
-    """V_φ(x), what answers to a prompt earn, in normalised rewards; without a policy, one number.
+    """V_φ(x), in normalised rewards. The paper leaves its architecture open.
 
-    The paper leaves it open. Here it is a copy of π_ref below the output layer (`shared`: the
-    policy's own, found worse), and a linear output of an encoder's mean, or of the prompt's last
-    state: the difference of two equal layers, for V to start at 0 and yet learn by Adafactor.
+    The body is a copy of π_ref without its output layer, or of its encoder. With `shared` it is
+    the policy's own, which the paper found worse. A linear output reads the encoder's mean state,
+    or the state at the prompt's end. Without a policy, V is one learnt number for all prompts.
+
+    The output is the difference of two equal layers. So V starts at 0, as log π/π_ref does, and
+    moves, since their gradients are opposite. Zeros would start there, too, but Adafactor moves a
+    parameter in proportion to its size. One random layer would start far from 0.
     """
 
     def __init__(self, policy, shared=False):
         super().__init__()
-        self.body = None
-        start = torch.ones(1)
-        if policy is not None:
-            self.is_encoder = policy.config.is_encoder_decoder
-            body = policy.get_encoder() if self.is_encoder else policy.base_model
-            width = body.get_input_embeddings().weight.shape[1]
-            start = torch.randn(width) * width**-0.5
+        self.is_constant = policy is None
+        layer = torch.ones(1)
+        if not self.is_constant:
+            self.is_encoder_decoder = policy.config.is_encoder_decoder
+            body = policy.get_encoder() if self.is_encoder_decoder else policy.base_model
             self.body = body if shared else copy.deepcopy(body)
-        self.head = nn.Parameter(start.repeat(2, 1))  # (2, width)
+            width = body.get_input_embeddings().weight.shape[1]
+            layer = torch.randn(width) * width**-0.5  # the usual size
+        self.head = nn.Parameter(torch.stack([layer, layer]))  # (2, width)
 
     def forward(self, batch):
-        """V of each row's prompt, (B,) float32."""
+        """V(x) of each row's prompt: (B,) float32."""
         ids = batch["input_ids"]
-        if self.body is None:
-            state = self.head.new_ones(len(ids), 1)
-        elif self.is_encoder:
+        if self.is_constant:
+            states = self.head.new_ones(len(ids), 1)
+        elif self.is_encoder_decoder:
             mask = batch["attention_mask"]
             states = self.body(input_ids=ids, attention_mask=mask).last_hidden_state
             weights = mask / mask.sum(-1, keepdim=True)
-            state = (states.float() * weights.unsqueeze(-1)).sum(1)  # (B, width)
+            states = (states.float() * weights.unsqueeze(-1)).sum(1)
         else:
-            last = (batch["labels"] != -100).int().argmax(-1) - 1  # (B,) the place before y_1
-            ids = ids[:, : last.max() + 1]  # V reads no completion
+            is_completion = batch["labels"] != -100
+            lengths = batch["attention_mask"].sum(-1) - is_completion.sum(-1)  # (B,) of prompts
+            ids = ids[:, : lengths.max()]  # A causal state knows nothing of what comes behind it.
             states = self.body(input_ids=ids, use_cache=False).last_hidden_state
-            state = states[torch.arange(len(last), device=last.device), last].float()
-        return (state * (self.head[0] - self.head[1])).sum(-1)  # a product autocast would round
+            states = states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
+        with torch.autocast(DEVICE.type, enabled=False):
+            return states @ (self.head[0] - self.head[1])  # from states (B, width)
 
 
-# ---------- data
-def read_file(path):
-    """The objects of JSON Lines or a JSON array, or the rows of a .csv file. Raises UserError."""
-    number = 0
-
-    def lines():
-        nonlocal number
-        with open(path, "rb") as file:  # "\n" alone ends a line, U+2028 does not
-            for number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-
-    is_csv = str(path).endswith(".csv")
-    try:
-        if is_csv:
-            csv.field_size_limit(2**31 - 1)
-            rows = csv.DictReader(lines(), strict=True)
-        elif next(lines(), "").lstrip().startswith("["):
-            rows = json.loads("".join(lines()))
-        else:
-            rows = map(json.loads, filter(str.strip, lines()))
-        for row in rows:
-            require(isinstance(row, dict), f"{row!r:.50} is no object")
-            require(not is_csv or None not in [*row, *row.values()], "not the header's fields")
-            yield row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number} is not UTF-8: save the file as that") from error
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}, line {number}: {error}") from error
-
-
-def read_rows(args):
-    """The raw rows of dice, of a file, or of what `datasets` finds on disk or the hub."""
-    name = args.dataset_name
-    with loading(name):
-        if name == "dice":
-            yield from dice_rolls(args.seed)
-        elif name.endswith(".parquet"):
-            yield from pyarrow.parquet.read_table(name).to_pylist()
-        elif os.path.isfile(name) or name.endswith((".jsonl", ".json", ".csv")):
-            yield from read_file(name)
-        else:
-            split = {"split": args.dataset_split, "revision": args.dataset_revision}
-            yield from datasets.load_dataset(name, **split)
-
-
-def as_messages(prompt):
-    """The chat messages that a prompt is, as a list or as its JSON text; None if it is no such."""
-    try:
-        chat = json.loads(prompt) if isinstance(prompt, str) else prompt
-        texts = [turn["content"] for turn in chat if isinstance(turn["role"], str)]
-        return chat if len(texts) == len(chat) > 0 else None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def usable_text(part, role):
-    """A text; of chat messages that end with `role`, one's text, or several's JSON; else None."""
-    chat = as_messages(part) if role == "user" or isinstance(part, list) else None
-    if chat:
-        if chat[-1]["role"] != role or (role == "assistant" and len(chat) > 1):
-            return None
-        part = chat[0]["content"] if len(chat) == 1 else json.dumps(chat, ensure_ascii=False)
-    is_text = isinstance(part, str) and part.strip() and not re.search("[\ud800-\udfff]", part)
-    return part if is_text else None
-
-
-def load_triplets(args, dropped=None):
-    """A list of (prompt, completion, raw reward); `dropped` counts the others. Raises UserError."""
-    dropped = Counter() if dropped is None else dropped
-    triplets = []
-    for row in progress(read_rows(args), "Reading rows"):
-        answers = [row]
-        key = args.reward_key or "reward"
-        if "completions" in row and "completion" not in row:  # UltraFeedback's
-            answers = row["completions"] or [{}]  # dropped, as one
-            key = args.reward_key or "overall_score"
-        prompt = usable_text(row.get("prompt", row.get("instruction")), "user")
-        for answer in answers:
-            completion = usable_text(answer.get("completion", answer.get("response")), "assistant")
-            try:
-                reward = str(answer.get(key)).strip().lower()
-                reward = float({"true": 1, "false": 0}.get(reward, reward))
-            except ValueError:
-                reward = math.nan
-            triplet = (prompt, completion, reward if math.isfinite(reward) else None)
-            if None in triplet:
-                dropped[("prompt", "completion", "reward")[triplet.index(None)]] += 1
-            else:
-                triplets.append((prompt.strip(), completion, reward))
-    says = f"{len(triplets)} triplets from {args.dataset_name}; dropped for want of {dict(dropped)}"
-    columns = list(row) if dropped else "nothing"
-    require(triplets, f"{says}: it holds {columns}; --reward_key names the reward's column")
-    say(says)
-    return triplets
-
-
+# --- rows
 def split_prompts(
     prompts, mode, *, seed, num_eval_prompts, num_eval_folds, eval_prompts_per_fold, eval_fold_index
 ):
-    """(train, eval): disjoint lists of unique prompts, in the order of a seeded hash. Raises UserError."""
-    unique = sorted(set(prompts), key=lambda prompt: sha256(f"{seed}\n{prompt}".encode()).digest())
-    first = 0
-    needed = last = num_eval_prompts
+    """Hold out prompts: (train, fold_of), a list, and a dict from held-out prompts to folds.
+
+    A seeded hash orders the prompts, so the split depends on their set and the arguments alone.
+    Mode "prompt_seeded" holds out the first num_eval_prompts, as fold 0. Mode "prompt_fold" cuts
+    folds, and holds out fold eval_fold_index, or with "all" each of them. Raises UserError.
+    """
+    digest_of = {prompt: sha256(f"{seed}\n{prompt}".encode()).digest() for prompt in prompts}
+    order = sorted(digest_of, key=digest_of.get)
+    size = num_eval_prompts
+    num_folds = 1
+    folds = [0]
     if mode == "prompt_fold":
-        needed = last = num_eval_folds * eval_prompts_per_fold
+        size = eval_prompts_per_fold
+        num_folds = num_eval_folds
+        folds = range(num_folds)
         if eval_fold_index != "all":
-            first = eval_fold_index * eval_prompts_per_fold
-            last = first + eval_prompts_per_fold
-    require(last <= needed, f"--eval_fold_index must be 0 to {num_eval_folds - 1}, or all")
-    enough = needed <= len(unique) and last - first < len(unique)
-    require(enough, f"cannot hold out {needed} of {len(unique)} prompts: lower --num_eval_…")
-    return unique[:first] + unique[last:], unique[first:last]
-
-
-def encode_prompts(tokenizer, prompts, is_encoder_decoder, max_length, date=None):
-    """Ids of prompts, as a server would send them; a long one keeps its end, and BOS. Raises UserError."""
-    chats = [as_messages(prompt) for prompt in prompts]
-    if tokenizer.chat_template and not is_encoder_decoder:
-        template = tokenizer.get_chat_template()
-        if date is not None:  # a run that goes on tomorrow must train on today's tokens
-            day = time.strptime(date, "%Y-%m-%d")
-            call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
-            template = re.sub(call, lambda found: repr(time.strftime(found[2], day)), template)
-        for i, prompt in enumerate(prompts):
-            chats[i] = chats[i] or [{"role": "user", "content": prompt}]
-        options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
-        options.update(chat_template=template, sanitize_control_tokens=True)
-        with loading("the chat template"):
-            rows = tokenizer.apply_chat_template(chats, **options)
-    else:
-        require(not any(chats), "a conversation needs a decoder-only model with a chat template")
-        rows = tokenizer(list(prompts), split_special_tokens=True).input_ids
-        if not is_encoder_decoder:  # an end behind the text is for an encoder alone
-            rows = [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in rows]
-    for i, ids in enumerate(rows):
-        if len(ids) > max_length:
-            bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            rows[i] = bos + ids[len(ids) - max_length + len(bos) :]
-    return rows
-
-
-def completion_end(tokenizer, is_encoder_decoder):
-    """(ids, special): the end of an assistant's turn, or the end token; and all special tokens."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if tokenizer.chat_template and not is_encoder_decoder:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Placeholder"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
-        ids = tokenizer(text.partition("Placeholder")[2], add_special_tokens=False).input_ids
-        for place, token in enumerate(ids):
-            if token in special:
-                return ids[: place + 1], special
-    require(tokenizer.eos_token_id is not None, "the tokenizer has no end token: set eos_token")
-    return [tokenizer.eos_token_id], special
-
-
-def encode_completions(tokenizer, completions, is_encoder_decoder, max_length):
-    """Ids of completions, at most `max_length`, with their end, once; but cut ones without one."""
-    end, special = completion_end(tokenizer, is_encoder_decoder)
-    special -= {tokenizer.unk_token_id}
-    options = {"add_special_tokens": False, "split_special_tokens": True}
-    rows = []
-    for ids in tokenizer(list(completions), **options).input_ids:
-        ids = [token for token in ids if token not in special]  # Unigram makes some all the same
-        rows.append(ids + end if len(ids + end) <= max_length else ids[:max_length])
-    return rows
+            says = f"--eval_fold_index {eval_fold_index} must be below --num_eval_folds {num_folds}"
+            require(eval_fold_index < num_folds, says)
+            folds = [eval_fold_index]
+    fold_of = {}
+    for fold in folds:
+        for prompt in order[fold * size : (fold + 1) * size]:
+            fold_of[prompt] = fold
+    train = [prompt for prompt in order if prompt not in fold_of]
+    says = f"{len(order)} prompts are too few to hold out {num_folds} times {size}, and to train"
+    flag = "--num_eval_prompts" if mode == "prompt_seeded" else "--eval_prompts_per_fold"
+    require(num_folds * size <= len(order) and train, f"{says}: lower {flag}")
+    return train, fold_of
 
 
 @dataclass
 class Rows:
-    """N triplets as tokens. A row is known by its number."""
+    """N triplets as tokens. A row is known by its number, from 0 to N − 1."""
 
     prompts: list[str]
     x: list[np.ndarray]  # each prompt's tokens
-    y: list[np.ndarray]  # each completion's
+    y: list[np.ndarray]  # each completion's tokens
     rewards: Tensor  # (N,) normalised
-    seq2seq: bool  # encoder and decoder, or one text of both
+    is_encoder_decoder: bool
     ref_logps: Tensor  # (N,) log π_ref(y|x); NaN until it is scored
 
     def __post_init__(self):
-        self.lengths = np.array([list(map(len, self.x)), list(map(len, self.y))]).T  # (N, 2)
-        self.widths = self.lengths if self.seq2seq else self.lengths.sum(1, keepdims=True)
+        lengths = [[len(x), len(y)] for x, y in zip(self.x, self.y)]
+        self.lengths = np.array(lengths)  # (N, 2)
+        # What is padded: prompts and completions apart, or, decoder-only, both in a row.
+        self.widths = self.lengths  # (N, 2)
+        if not self.is_encoder_decoder:
+            self.widths = self.lengths.sum(axis=1, keepdims=True)  # (N, 1)
 
     def batch(self, rows):
-        """Some rows as a batch on the device."""
-        inputs = [torch.from_numpy(self.x[row]).long() for row in rows]
-        labels = [torch.from_numpy(self.y[row]).long() for row in rows]
-        if not self.seq2seq:
-            pairs = list(zip(inputs, labels, strict=True))
-            inputs = [torch.cat(pair) for pair in pairs]
-            labels = [torch.cat([torch.full_like(x, -100), y]) for x, y in pairs]
+        """Some rows as a batch on the device, as described under "models"."""
+        inputs = []
+        labels = []
+        for row in rows:
+            prompt = torch.from_numpy(self.x[row]).long()
+            completion = torch.from_numpy(self.y[row]).long()
+            if self.is_encoder_decoder:
+                inputs.append(prompt)
+                labels.append(completion)
+            else:
+                inputs.append(torch.cat([prompt, completion]))
+                labels.append(torch.cat([torch.full_like(prompt, -100), completion]))
         inputs = nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=-100)
-        labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
-        batch = {"input_ids": inputs.clamp(min=0), "attention_mask": (inputs >= 0).long()}
-        batch.update(labels=labels, rewards=self.rewards[rows], ref_logps=self.ref_logps[rows])
+        batch = {
+            "input_ids": inputs.clamp(min=0),
+            "attention_mask": (inputs >= 0).long(),
+            "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+            "rewards": self.rewards[rows],
+            "ref_logps": self.ref_logps[rows],
+        }
         return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
-def make_rows(args, tokenizer, seq2seq, triplets, mean, std):
-    """Tokenise triplets, and normalise their rewards."""
-    x = []
-    y = []
-    # A thousand at a time, and kept as arrays: lists of Python's numbers take nine times as much.
-    for start in progress(range(0, len(triplets), 1000), "Tokenising"):
-        prompts, completions, _ = zip(*triplets[start : start + 1000], strict=True)
-        each = list(dict.fromkeys(prompts))  # once, however many answers it has
-        ids = encode_prompts(tokenizer, each, seq2seq, args.max_prompt_length, args.date)
-        arrays = {prompt: np.array(row, np.int32) for prompt, row in zip(each, ids, strict=True)}
-        x += [arrays[prompt] for prompt in prompts]
-        ids = encode_completions(tokenizer, completions, seq2seq, args.max_completion_length)
-        y += [np.array(row, np.int32) for row in ids]
-    prompts, _, rewards = zip(*triplets, strict=True)
-    rewards = ((torch.tensor(rewards, dtype=torch.float64) - mean) / std).float()
-    return Rows(list(prompts), x, y, rewards, seq2seq, torch.full_like(rewards, math.nan))
-
-
-def choose_prompts(args, prompts):
-    """Training prompts, and the fold of each held-out one, in the split's order, within the limits."""
-    sizes = Counter(prompts)
-
-    def limited(some, most):
-        total = np.cumsum([sizes[prompt] for prompt in some])
-        return some[: max(1, int(np.searchsorted(total, most or math.inf, side="right")))]
-
-    names = ("seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold")
-    settings = {name: getattr(args, name) for name in names}
-    index = args.eval_fold_index or 0  # prompt_seeded has one set, and it has the name 0
-    folds = range(args.num_eval_folds) if index == "all" else [index]
-    fold_of = {}
-    for fold in folds:
-        _, held_out = split_prompts(sizes, args.split_mode, eval_fold_index=fold, **settings)
-        some = limited(held_out, (args.max_eval_samples or 0) / len(folds))
-        fold_of.update(dict.fromkeys(some, fold))
-    train, _ = split_prompts(sizes, args.split_mode, eval_fold_index=index, **settings)
-    return limited(train, args.max_train_samples), fold_of
-
-
-def load_data(args, tokenizer, seq2seq):
-    """Triplets → split → tokens, normalised rewards. Returns (rows by name, folds, manifest)."""
-    names = [name for name in vars(args) if name.startswith(("dataset", "split", "num_", "eval_"))]
-    manifest = {name: getattr(args, name) for name in (*names, "seed", "reward_key")}
-    dropped = Counter()
-    triplets = load_triplets(args, dropped)
-    train, fold_of = choose_prompts(args, [prompt for prompt, _, _ in triplets])
-    chosen = {}
-    for name, prompts in {"train": set(train), "eval": set(fold_of)}.items():
-        chosen[name] = [triplet for triplet in triplets if triplet[0] in prompts]
-        manifest[f"{name}_rows"] = len(chosen[name])
-        manifest[f"{name}_prompts"] = len(prompts)
-        text = "\n".join(map(json.dumps, chosen[name]))
-        manifest[f"{name}_sha256"] = sha256(text.encode()).hexdigest()
-    # The paper's "mean 0 and variance 1", of the training rows: no held-out reward leaks.
-    raw = np.array([reward for _, _, reward in chosen["train"]])
-    mean = float(raw.mean())
-    std = float(raw.std())
-    differ = 1e-12 * np.abs(raw).max() < std < math.inf
-    require(differ or args.loss == "sft", f"all training rewards are {mean:.6g}, but for rounding")
-    if args.dataset_name == "dice":
-        chosen["rolls"] = every_roll(fold_of)
-    data = {}
-    for name, some in chosen.items():
-        data[name] = make_rows(args, tokenizer, seq2seq, some, mean, std if differ else 1.0)
-    full = data["train"].lengths == [args.max_prompt_length, args.max_completion_length]
-    manifest.update(cut_prompts=full[:, 0].mean(), cut_completions=full[:, 1].mean())
-    manifest.update(reward_mean=mean, reward_std=std, reward_min=raw.min(), reward_max=raw.max())
-    say(", ".join(f"{name} {x:.6g}" for name, x in manifest.items() if isinstance(x, int | float)))
-    manifest.update(dropped=dict(dropped), held_out=defaultdict(list))
-    for prompt, fold in fold_of.items():
-        manifest["held_out"][str(fold)].append(sha256(prompt.encode()).hexdigest()[:16])
-    if args.loss == "kto":  # mismatched: each prompt with the completion half the rows further on,
-        own = np.array(data["train"].prompts, dtype=object)
-        partner = np.roll(np.arange(len(own)), -(len(own) // 2))
-        require(len(train) > 1, "--loss kto needs two training prompts")
-        while (own[partner] == own).any():  # or with the next one of another prompt
-            partner = (partner + (own[partner] == own)) % len(own)
-        data["mismatched"] = replace(data["train"], y=[data["train"].y[row] for row in partner])
-    return data, fold_of, manifest
+def epoch_order(epoch, num_rows, seed):
+    """The rows of an epoch, counted from 0, in their order: (num_rows,)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def step_rows(step, num_rows, batch_size, seed):
-    """The (batch_size,) rows of a step, from 1: a part of an endless chain of permutations."""
-    places = np.arange((step - 1) * batch_size, step * batch_size)
-    epochs = places // num_rows
-    orders = {e: np.random.default_rng([seed, e]).permutation(num_rows) for e in np.unique(epochs)}
-    return np.array([orders[e][place] for e, place in zip(epochs, places % num_rows, strict=True)])
+    """The rows of a step, counted from 1: (batch_size,), the next ones in the epochs' chain."""
+    start = (step - 1) * batch_size
+    epochs = range(start // num_rows, (start + batch_size - 1) // num_rows + 1)
+    chain = np.concatenate([epoch_order(epoch, num_rows, seed) for epoch in epochs])
+    first = start % num_rows
+    return chain[first : first + batch_size]
 
 
 def micro_batches(rows, widths, max_tokens):
-    """This process's share of `rows`, in pieces of like length: a tenth at most is padding."""
-    order = np.lexsort(widths[rows].T)[::-1]  # longest first, by the last width, then the first
-    pieces = [[]]
-    for row in rows[order][RANK::WORLD_SIZE]:
-        piece = [*pieces[-1], row]
-        padded = len(piece) * widths[piece].max(0).sum()
-        fits = padded <= max_tokens and padded - widths[piece].sum() <= max_tokens / 10
-        if fits or not pieces[-1]:
-            pieces[-1] = piece
-        else:
-            pieces.append([row])
-    return [np.array(piece, dtype=int) for piece in pieces if piece]
+    """This process's share of the rows, in pieces of like length: a list of lists of rows.
+
+    A piece goes through the networks at once. Padded, it has at most max_tokens tokens, and at
+    most max_tokens / 10 of them are padding; but a single row may have more.
+    widths: (N, 1) or (N, 2), the lengths of what is padded, of all rows.
+    """
+
+    def size(row):
+        return widths[row][-1], widths[row][0]  # A completion costs more than a prompt.
+
+    longest_first = sorted(rows, key=size, reverse=True)
+    pieces = []
+    piece = []
+    widest = 0
+    tokens = 0
+    for row in longest_first[RANK::WORLD_SIZE]:  # Each process has long and short ones.
+        new_widest = np.maximum(widest, widths[row])
+        new_tokens = tokens + widths[row].sum()
+        padded = (len(piece) + 1) * new_widest.sum()
+        fits = padded <= max_tokens and padded - new_tokens <= max_tokens / 10
+        if not fits or not pieces:
+            piece = []
+            pieces.append(piece)
+            new_widest = widths[row]
+            new_tokens = widths[row].sum()
+        piece.append(row)
+        widest = new_widest
+        tokens = new_tokens
+    return pieces
 
 
-# ---------- the loop
-# `state` is a run in memory: args, policy, tokenizer, data (Rows by name), fold_of, manifest, step
-# (the last one done), and from `make_networks` value_model and optimizer.
-def make_networks(state):
-    """The value model, where the loss has one, and one optimiser for both networks."""
-    args = state.args
-    torch.manual_seed(args.seed)  # for V's output layer
-    policy_parameters = list(state.policy.parameters())
-    groups = [{"params": policy_parameters, "lr": args.learning_rate}]
-    if args.loss == "dro_v" and args.value != "batch":
-        body = state.policy if args.value == "prompt" else None
-        state.value_model = ValueModel(body, args.share_policy_and_value_backbone).to(DEVICE)
-        shared = set(policy_parameters)  # a shared body learns at the policy's rate
-        own = [each for each in state.value_model.parameters() if each not in shared]
-        groups.append({"params": own, "lr": args.value_learning_rate})
-    if args.optim == "adamw":
-        state.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    else:  # the paper's decay, 0.8, and an epsilon so small that a gradient's size does not matter
-        state.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+# --- before the loop
+@dataclass
+class Run:
+    """A run in memory."""
 
+    args: argparse.Namespace  # the flags
+    tokenizer: object
+    policy: nn.Module  # π, which is π_ref at step 0
+    data: dict[str, Rows]  # "train", "eval", for KTO "mismatched" pairs, for dice "rolls"
+    fold_of: dict[str, int]  # each held-out prompt's fold
+    manifest: dict  # what the data are
+    step: int = 0  # the last step that was done
+    value_model: ValueModel | None = None  # V, if the loss has one
+    optimizer: torch.optim.Optimizer | None = None  # of both networks
 
-def gather(item):
-    """Every process's `item`, in the order of their ranks; all wait here for the slowest."""
-    items = [item] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(items, item)
-    return items
+    def policy_logps(self, batch):
+        """log π(y|x): (B,)."""
+        return sequence_logps(self.policy, batch)
 
 
 @torch.no_grad()
-def score(state, data, rows=None, value_model=None, desc=None):
-    """log π(y|x), and V(x) with a `value_model`, of `rows` or all: (N,) each, NaN where not asked."""
-    rows = np.arange(len(data.x)) if rows is None else rows
-    scores = torch.full((2, len(data.x)), math.nan)
-    pieces = micro_batches(rows, data.widths, 4 * state.args.micro_batch_tokens)
-    for piece in progress(pieces, desc):
-        batch = data.batch(piece)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=state.args.bf16):
-            scores[0, piece] = sequence_logps(state.policy, batch).cpu()
-            if value_model:
-                scores[1, piece] = value_model(batch).cpu()
-    own = np.array([row for piece in pieces for row in piece], dtype=int)
-    for some, some_scores in gather((own, scores[:, own])):
-        scores[:, some] = some_scores
-    return scores[0], scores[1]
+def score(network, data, rows, args, work=""):
+    """network(batch) of some rows, without gradients: (len(rows),), in all processes.
+
+    network: a function from a batch to (B,), such as run.policy_logps or run.value_model.
+    """
+    scores = torch.zeros(len(rows))
+    places = np.arange(len(rows))  # in `rows` and `scores`
+    pieces = micro_batches(places, data.widths[rows], args.micro_batch_tokens)
+    for piece in progress(pieces, work):
+        with autocast(args):
+            scores[piece] = network(data.batch(rows[piece])).cpu()
+    return sum(gather(scores))  # A score is 0 in all processes but one.
 
 
-def score_reference(state):
-    """Put log π_ref(y|x), scored once and kept on disk, into the rows. Raises UserError."""
-    args = state.args
+def score_log_ratios(run, data, rows, work=""):
+    """log π(y|x)/π_ref(y|x) of some rows: (len(rows),)."""
+    return score(run.policy_logps, data, rows, run.args, work) - data.ref_logps[rows]
+
+
+def score_reference(run):
+    """Put log π_ref(y|x) into the rows. It is computed once, and kept on disk."""
+    args = run.args
     file = Path(args.output_dir, "reference_logps.safetensors")
     if not file.exists():
-        require(state.step == 0, f"{file} is gone, and π_ref with it: start again elsewhere")
-        # No row is scored that will not be visited: `step_rows` begins with the first epoch.
-        total = len(state.data["train"].x)
-        steps = 1 if args.overfit_one_batch else args.max_steps
-        visited = step_rows(1, total, total, args.seed)[: max(1, steps * args.train_batch_size)]
+        require(run.step == 0, f"{file} is gone, and the policy not π_ref: start a new run")
         scored = {}
-        for name, data in state.data.items():
+        num_visits = args.max_steps * args.train_batch_size
+        for name, data in run.data.items():
+            rows = np.arange(len(data.x))
+            if name in ("train", "mismatched"):  # only rows that some step will visit
+                rows = epoch_order(0, len(data.x), args.seed)[:num_visits]
             started = time.perf_counter()
-            rows = visited if name in ("train", "mismatched") else None
-            scored[name], _ = score(state, data, rows, desc=f"π_ref on {name} rows")
-            scored[f"{name}_seconds"] = torch.tensor(time.perf_counter() - started)
-        save_whole(file, lambda path: save_file(scored, path))
-    with loading(file):
-        scored = load_file(file)
-    for name, data in state.data.items():
+            scored[name] = torch.full([len(data.x)], math.nan)
+            scored[name][rows] = score(run.policy_logps, data, rows, args, f"π_ref, {name}")
+            seconds = time.perf_counter() - started
+            scored[f"{name}_seconds"] = torch.tensor(seconds)
+        save_whole(file, lambda temporary: save_file(scored, temporary))
+    scored = load_file(file)
+    for name, data in run.data.items():
         data.ref_logps = scored[name]
-    if state.step == 0:
-        log(state, {"reference_seconds": scored["train_seconds"]})
+    if run.step == 0:
+        log(run, {"reference_seconds": scored["train_seconds"]})
 
 
-def train(state):
-    """Algorithm 1. At a log line: log, evaluate, save, in this order."""
-    args = state.args
-    data = state.data["train"]
-    groups = state.optimizer.param_groups
-    # The rates' factor by step (and initial_lr, in the groups); + 1 that no step's rate is 0.
-    schedule = (args.lr_scheduler_type, state.optimizer, args.warmup_steps, args.max_steps + 1)
-    factor = transformers.get_scheduler(*schedule).lr_lambdas[0]
-    window = defaultdict(list)  # what is recorded since the last log line, by name
-    for step in progress(range(state.step + 1, args.max_steps + 1), f"{args.loss} steps"):
+def make_networks(run):
+    """Make the value model, if the loss has one, and the optimiser."""
+    args = run.args
+    torch.manual_seed(args.seed)  # for V's output layer
+    groups = [{"params": list(run.policy.parameters())}]
+    # --value is "prompt" for V(x), "constant" for one number, and "batch" for DRO-P.
+    if args.loss == "dro_v" and args.value != "batch":
+        policy = run.policy if args.value == "prompt" else None
+        run.value_model = ValueModel(policy, args.share_policy_and_value_backbone).to(DEVICE)
+        own = list(run.value_model.parameters())
+        if args.share_policy_and_value_backbone:
+            own = [run.value_model.head]  # The body learns as the policy.
+        groups.append({"params": own})
+    # The decay, 0.8, is the paper's. The first epsilon is so small that a gradient's size does not
+    # matter; the second is torch's.
+    run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
+
+
+# --- the loop
+def rate_factor(args, step):
+    """What the learning rates are multiplied by in a step, which counts from 1."""
+    warm = step / max(1, args.warmup_steps)
+    if args.lr_scheduler_type == "constant_with_warmup":
+        return min(1.0, warm)
+    end = args.max_steps + 1  # where the rates would be 0
+    return min(1.0, warm, (end - step) / max(1, end - args.warmup_steps))
+
+
+def update(run, step):
+    """Take a step of the optimiser. Returns each network's gradient norm, before clipping."""
+    args = run.args
+    rates = (args.learning_rate, args.value_learning_rate)  # the second if there is a V
+    norms = []
+    for group, rate in zip(run.optimizer.param_groups, rates):
+        for parameter in group["params"]:
+            if WORLD_SIZE > 1 and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)  # the sum over processes
+        max_norm = args.max_grad_norm or math.inf
+        norms.append(nn.utils.clip_grad_norm_(group["params"], max_norm))
+        group["lr"] = rate * rate_factor(args, step)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norms
+
+
+def train(run):
+    """Algorithm 1, from the step after run.step on. Raises UserError for NaN."""
+    args = run.args
+    data = run.data["train"]
+    window = defaultdict(list)  # lists of tensors since the last log line
+    for step in progress(range(run.step + 1, args.max_steps + 1), "Training steps"):
         started = time.perf_counter()
-        batch_of = 1 if args.overfit_one_batch else step
-        rows = step_rows(batch_of, len(data.x), args.train_batch_size, args.seed)
-        # A mean over the whole batch, SFT's over its tokens, however it is cut into pieces.
-        divisor = data.lengths[rows, 1].sum() if args.loss == "sft" else len(rows)
-        if args.loss == "kto" or args.value == "batch":  # KTO's z₀, of mismatched pairs; DRO-P's ū
-            other = state.data.get("mismatched", data)
-            mean_log_ratio = (score(state, other, rows)[0] - other.ref_logps)[rows].mean().item()
+        rows = step_rows(step, len(data.x), args.train_batch_size, args.seed)
+        # KTO and DRO-P need means over the whole batch, which have no gradient.
+        if args.loss == "kto":
             mean_reward = data.rewards[rows].mean().item()
+            mismatched = score_log_ratios(run, run.data["mismatched"], rows)
+            kl = max(0.0, mismatched.mean().item())  # z₀
+        elif args.value == "batch":
+            u = data.rewards[rows] - args.tau * score_log_ratios(run, data, rows)
+            mean_u = u.mean().item()
         for piece in micro_batches(rows, data.widths, args.micro_batch_tokens):
             batch = data.batch(piece)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
-                logps = sequence_logps(state.policy, batch)
-                if args.loss == "sft":
-                    loss = -logps
-                elif args.loss == "kto":
-                    desirable = batch["rewards"] > mean_reward + 1e-6  # not by rounding alone
-                    kl = torch.tensor(max(0.0, mean_log_ratio))
-                    loss = kto_loss(logps, batch["ref_logps"], desirable, kl, args.tau)
+            rewards = batch["rewards"]
+            ref_logps = batch["ref_logps"]
+            with autocast(args):
+                logps = sequence_logps(run.policy, batch)
+                if args.loss == "kto":
+                    desirable = rewards > mean_reward + 1e-6  # by more than rounding
+                    losses = kto_loss(logps, ref_logps, desirable, kl, args.tau)
+                elif args.value == "batch":
+                    losses = dro_p_loss(logps, ref_logps, rewards, mean_u, args.tau)
                 else:
-                    if state.value_model:
-                        values = state.value_model(batch)
-                    else:  # DRO-P, Eq. 15: the gradient of ½ Var(u), u = r − τ log π/π_ref, is
-                        # mean((u − ū) ∇u), DRO-V's with V = ū held fixed
-                        values = torch.full_like(logps, mean_reward - args.tau * mean_log_ratio)
-                    terms = (logps, batch["ref_logps"], values, batch["rewards"], args.tau)
-                    policy_loss, value_loss, _ = dro_v_loss(*terms)
-                    loss = policy_loss + value_loss
-                    window["value"].append(values.detach())
-            (loss.sum() / divisor).backward()
-            window["loss"].append(loss.detach())
-            window["tokens"].append(torch.from_numpy(data.lengths[piece]))
-            window["log_ratio"].append(logps.detach() - batch["ref_logps"])
-            window["reward"].append(batch["rewards"])
-        if step == 1:
-            off = torch.cat(window["log_ratio"]).square().mean().sqrt()
-            say(f"before the first update log π/π_ref is {off:.2g} (root mean square)")
-        for name, group in zip(("grad_norm", "value_grad_norm"), groups, strict=False):
-            for each in group["params"]:  # processes have parts of one mean: they add up
-                if WORLD_SIZE > 1 and each.grad is not None:
-                    dist.all_reduce(each.grad)
-            norm = nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm or math.inf)
-            window[name].append(norm.reshape(1))
-            group["lr"] = group["initial_lr"] * factor(step)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
+                    values = run.value_model(batch)
+                    window["values"].append(values.detach())
+                    policy_loss, value_loss, _ = dro_v_loss(
+                        logps, ref_logps, values, rewards, args.tau
+                    )
+                    losses = policy_loss + value_loss
+            # Gradients of pieces and processes add up to that of the whole batch's mean.
+            (losses.sum() / len(rows)).backward()
+            window["loss"].append(losses.detach())
+            window["log_ratios"].append(logps.detach() - ref_logps)
+            window["rewards"].append(rewards)
+            window["tokens"].append(torch.from_numpy(data.lengths[piece].sum(axis=1)))
+        norms = update(run, step)
+        window["grad_norm"].append(norms[0].reshape(1))
+        if run.value_model:
+            window["value_grad_norm"].append(norms[1].reshape(1))
         window["step_seconds"].append(torch.tensor([time.perf_counter() - started]))
-        state.step = step
-        save = step == args.max_steps or step % args.save_steps == 0
-        if save or step % args.logging_steps == 0:
-            log(state, summarise(window, args) | {"lr": groups[0]["lr"]})
+        run.step = step
+        saves = step % args.save_steps == 0 or step == args.max_steps
+        if saves or step % args.logging_steps == 0:
+            log_training(run, window)
             window.clear()
-        if save:
-            evaluate(state)
-            save_checkpoint(state)
+        if saves:
+            evaluate(run)
+            save_checkpoint(run)
 
 
-def summarise(window, args):
-    """What is logged of lists of tensors (N,) by name, from all processes."""
-    parts = gather({name: torch.cat(x).cpu().numpy() for name, x in window.items()})
-    numbers = {name: np.concatenate([part[name] for part in parts]) for name in window}
-    target = numbers["reward"] - args.tau * numbers["log_ratio"]  # what V is fitted to: Eq. 7
-    # Where there is no V, the best constant for these rows: so all losses' numbers compare.
-    residual = target - numbers.get("value", target.mean())
-    metrics = {"loss": 0.5 * np.square(residual).mean()}  # Eq. 4
-    if args.loss == "sft":
-        metrics["loss"] = numbers["loss"].sum() / numbers["tokens"][:, 1].sum()  # nats a token
-    elif args.loss == "kto" and "step_seconds" in numbers:
-        metrics["loss"] = numbers["loss"].mean()
-    metrics.update(residual_mean=residual.mean(), residual_std=residual.std())
-    if target.std() > 0:
-        metrics["value_explained_variance"] = 1 - residual.var() / target.var()
-    # Sinking and sinking, it warns that mass leaks to texts outside the data, of which Eq. 4 sees
-    # nothing. A V that learns faster helps: --value_learning_rate.
-    metrics["log_ratio_mean"] = numbers["log_ratio"].mean()
-    if "step_seconds" in numbers:
-        seconds = numbers["step_seconds"].sum() / WORLD_SIZE
-        metrics["tokens_per_second"] = numbers["tokens"].sum() / seconds
-    means = {name: x.mean() for name, x in numbers.items() if name.endswith(("norm", "seconds"))}
-    return metrics | means
+# --- numbers and answers
+def row_metrics(log_ratios, rewards, values, tau):
+    """What is logged of rows in training and in evaluation. log_ratios, rewards: (N,).
+
+    values: (N,), or for a loss without V the number that is best in Eq. 4.
+    """
+    target = rewards - tau * log_ratios  # what V is fitted to, by Eq. 7
+    residual = target - values
+    metrics = {
+        "loss": 0.5 * residual.square().mean(),  # Eq. 4
+        "residual_mean": residual.mean(),
+        "residual_std": residual.std(correction=0),
+        # If it keeps falling, mass leaks to texts outside the data, which Eq. 4 does not see.
+        # A V that learns faster helps: --value_learning_rate.
+        "log_ratio_mean": log_ratios.mean(),
+    }
+    if target.std(correction=0) > 0:
+        unexplained = residual.var(correction=0) / target.var(correction=0)
+        metrics["value_explained_variance"] = 1 - unexplained
+    return metrics
 
 
-def log(state, metrics):
-    """A line of metrics.jsonl, and one to read. Raises FloatingPointError if one is not finite."""
-    metrics = {"step": state.step} | {name: float(x) for name, x in metrics.items()}
-    says = ", ".join(f"{name} {x:.4g}" for name, x in metrics.items())
-    if not all(map(math.isfinite, metrics.values())):
-        raise FloatingPointError(f"not finite: {says}; take lower rates or --max_grad_norm 1")
+def log_training(run, window):
+    """Log means over the rows and the steps of a window, from all processes."""
+    own = {name: torch.cat(tensors).cpu() for name, tensors in window.items()}
+    parts = gather(own)
+    pooled = {name: torch.cat([part[name] for part in parts]) for name in own}
+    log_ratios = pooled["log_ratios"]
+    rewards = pooled["rewards"]
+    values = (rewards - run.args.tau * log_ratios).mean()
+    if run.value_model:
+        values = pooled["values"]
+    metrics = row_metrics(log_ratios, rewards, values, run.args.tau)
+    if run.args.loss == "kto":
+        metrics["loss"] = pooled["loss"].mean()
+    for name in ("grad_norm", "value_grad_norm", "step_seconds"):
+        if name in pooled:
+            metrics[name] = pooled[name].mean()
+    seconds = pooled["step_seconds"].sum() / WORLD_SIZE
+    metrics["tokens_per_second"] = pooled["tokens"].sum() / seconds
+    metrics["lr"] = run.optimizer.param_groups[0]["lr"]
+    log(run, metrics)
+
+
+def evaluate(run):
+    """Log the held-out rows' numbers, whose names begin with eval_."""
+    args = run.args
+    data = run.data["eval"]
+    rows = np.arange(len(data.x))
+    log_ratios = score_log_ratios(run, data, rows, "π on held-out rows")
+    values = (data.rewards - args.tau * log_ratios).mean()
+    if run.value_model:
+        values = score(run.value_model, data, rows, args, "V on held-out rows")
+    metrics = row_metrics(log_ratios, data.rewards, values, args.tau)
+    # By Eq. 3 these should be proportional. At step 0 the first is 0, and does not vary.
+    sides = torch.stack([log_ratios, data.rewards - values])
+    if (sides.std(dim=1, correction=0) > 1e-3).all():
+        metrics["reward_correlation"] = sides.corrcoef()[0, 1]
+    log(run, {f"eval_{name}": number for name, number in metrics.items()})
+
+
+def sample_answers(run, prompts, end_tokens):
+    """Sample an answer to each prompt: lists of token ids, with padding behind their ends."""
+    args = run.args
+    policy = run.policy
+    config = transformers.GenerationConfig(do_sample=args.temperature > 0, top_k=0)
+    config.temperature = args.temperature or 1.0
+    config.max_new_tokens = args.max_new_tokens
+    config.eos_token_id = end_tokens
+    config.pad_token_id = end_tokens[0]
+    side = "left"  # so that a prompt's end meets its answer
+    if policy.config.is_encoder_decoder:
+        side = "right"
+        label = torch.zeros(1, 1, dtype=torch.long)
+        start = policy.prepare_decoder_input_ids_from_labels(label)  # the start token alone
+        config.decoder_start_token_id = start.item()
+    ids = [torch.from_numpy(prompt).long() for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(ids, True, -100, padding_side=side).to(DEVICE)
+    # transformers would take what this config leaves open from the model's own.
+    own_config = policy.generation_config
+    policy.generation_config = config
+    with torch.no_grad(), autocast(args):
+        tokens = policy.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long())
+    policy.generation_config = own_config
+    num_given = 1 if policy.config.is_encoder_decoder else ids.shape[1]
+    return tokens[:, num_given:].tolist()
+
+
+def generate(run):
+    """Write an answer to every held-out prompt. Returns the share that ended by themselves."""
+    args = run.args
+    data = run.data["eval"]
+    prompts = list(run.fold_of)
+    ids_of = dict(zip(data.prompts, data.x))
+    end = completion_end(run.tokenizer, data.is_encoder_decoder)
+    end_tokens = sorted({end, run.tokenizer.eos_token_id} - {None})
+    torch.manual_seed(args.seed + RANK)
+    widths = np.array([[len(ids_of[prompt]) + args.max_new_tokens] for prompt in prompts])
+    # Without gradients, and with one token's logits at a time, eight times as much fits.
+    pieces = micro_batches(np.arange(len(prompts)), widths, 8 * args.micro_batch_tokens)
+    answers = {}
+    for piece in progress(pieces, "Answering"):
+        sampled = sample_answers(run, [ids_of[prompts[i]] for i in piece], end_tokens)
+        answers.update(zip(piece, sampled))
+    for others in gather(answers):
+        answers.update(others)
+    lines = []
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    for i, prompt in enumerate(prompts):
+        ends = [place for place, token in enumerate(answers[i]) if token in end_tokens]
+        tokens = answers[i][: ends[0]] if ends else answers[i]
+        line = {"prompt": prompt, "fold": run.fold_of[prompt]}
+        line["completion"] = run.tokenizer.decode(tokens, **options)
+        line["finished"] = len(ends) > 0
+        lines.append(line)
+    save_json(Path(args.output_dir, f"generations-{run.step}.jsonl"), *lines)
+    return sum(line["finished"] for line in lines) / len(lines)
+
+
+# ============= Part II: files, tokens, checkpoints, dice, flags, and main =============
+@contextmanager
+def loading(source):
+    """What a library raises within becomes a UserError that names the source."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        says = f"cannot load {source}: {type(error).__name__}: {error}"[:500]
+        raise UserError(says) from error
+
+
+# --- reading: files to rows (dicts)
+def read_lines(path):
+    """Yield the lines of a UTF-8 file. Nothing but a line feed ends a line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig")  # without a byte order mark
+            except UnicodeDecodeError:
+                says = f"{path}, line {number} is not UTF-8: save the file as UTF-8"
+                raise UserError(says)
+
+
+def read_csv(path):
+    """Yield the rows of a CSV file. A conversation may stand there in JSON or in Python."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(read_lines(path), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error("there are not as many fields as in the header")
+            for name, text in row.items():
+                row[name] = as_chat(text) or as_chat(text, ast.literal_eval) or text
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.reader.line_num}: {error}")
+
+
+def read_json(path):
+    """Yield the objects of JSON Lines, or of a file that is one JSON array."""
+    is_array = next(read_lines(path), "").lstrip().startswith("[")
+    texts = ["".join(read_lines(path))] if is_array else read_lines(path)
+    for number, text in enumerate(texts, start=1):
+        place = path if is_array else f"{path}, line {number}"
+        if text.strip():
+            try:
+                found = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{place}: {error}")
+            for row in found if is_array else [found]:
+                require(isinstance(row, dict), f"{place}: {row!r:.50} is not a JSON object")
+                yield row
+
+
+def read_rows(args):
+    """Yield the rows of dice, of a file, or of what `datasets` finds."""
+    name = args.dataset_name
+    with loading(name):
+        if name == "dice":
+            yield from dice_rolls(args.seed)
+        elif name.endswith(".csv"):
+            yield from read_csv(name)
+        elif os.path.isfile(name):
+            yield from read_json(name)
+        else:
+            options = {"split": args.dataset_split, "revision": args.dataset_revision}
+            yield from datasets.load_dataset(name, **options)
+
+
+# --- reading: rows to triplets
+def as_chat(text, parse=json.loads):
+    """The list of chat messages that a text spells; None if it spells anything else."""
+    try:
+        found = parse(text.strip()) if text.lstrip().startswith("[") else None
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        return None
+    is_chat = found and all(isinstance(each, dict) and "role" in each for each in found)
+    return found if is_chat else None
+
+
+def read_text(text):
+    """The text. Where a read_… function raises an error, an answer is dropped."""
+    text.encode()  # Half an emoji raises an error, too.
+    require(text.strip(), "empty")
+    return text
+
+
+def read_message(message):
+    """A chat message with its content as one text. It may be a list of text parts."""
+    content = message["content"]
+    if isinstance(content, list):
+        require(all(part["type"] == "text" for part in content), "not text alone")
+        content = "".join(part["text"] for part in content)
+    require(isinstance(content, str), "no text")
+    return {**message, "content": content}
+
+
+def read_prompt(prompt):
+    """A text, or a conversation as its JSON text. One user's turn is its text."""
+    if isinstance(prompt, str):
+        prompt = as_chat(prompt) or [{"role": "user", "content": prompt}]
+    turns = [read_message(turn) for turn in prompt]
+    last = turns[-1]["content"]
+    require(turns[-1]["role"] == "user" and last.strip(), "nothing to answer")
+    return read_text(last.strip() if len(turns) == 1 else json.dumps(turns, ensure_ascii=False))
+
+
+def read_completion(completion):
+    """A text as it stands, or that of a list of one assistant's message."""
+    if isinstance(completion, list):
+        [message] = completion
+        require(message["role"] == "assistant", "not an answer")
+        completion = read_message(message)["content"]
+    return read_text(completion)
+
+
+def read_reward(reward):
+    """A finite number, from a number, a text, or a truth value."""
+    text = str(reward).strip().lower()
+    number = float({"true": 1, "false": 0}.get(text, text))
+    require(math.isfinite(number), "not finite")
+    return number
+
+
+def column(row, flag, *usual):
+    """What a row has in the column that a flag names, else in the first usual one."""
+    for name in [flag] if flag else usual:
+        if name in row:
+            value = row[name]
+            return [value] if isinstance(value, dict) else value  # a message alone
+    return None
+
+
+def rated_answers(row, args):
+    """Yield (prompt, completion, reward) of each answer in a row, as they stand."""
+    prompt = column(row, args.prompt_key, "prompt", "instruction")
+    completion_keys = (args.completion_key, "completion", "response")
+    answers = [row]
+    usual_reward = "reward"
+    if isinstance(row.get("completions"), list) and column(row, *completion_keys) is None:
+        answers = row["completions"] or [None]  # UltraFeedback's rows
+        usual_reward = "overall_score"
+    for answer in answers:
+        answer = answer if isinstance(answer, dict) else {}
+        completion = column(answer, *completion_keys)
+        if completion is None:
+            completion = row.get("messages")
+        yield prompt, completion, column(answer, args.reward_key, usual_reward)
+
+
+def load_triplets(args, dropped=None):
+    """Read the data: a list of (prompt, completion, raw reward).
+
+    dropped: a Counter of what cannot be used, by cause: prompt, completion, or reward.
+    """
+    dropped = Counter() if dropped is None else dropped
+    triplets = []
+    columns = []
+    for row in progress(read_rows(args), "Reading rows"):
+        columns = columns or list(row)
+        for prompt, completion, reward in rated_answers(row, args):
+            try:
+                cause = "completion"
+                if isinstance(completion, list) and completion[0]["role"] != "assistant":
+                    prompt = completion[:-1]  # A whole conversation ends with the completion.
+                    completion = completion[-1:]
+                completion = read_completion(completion)
+                cause = "prompt"
+                prompt = read_prompt(prompt)
+                cause = "reward"
+                triplets.append((prompt, completion, read_reward(reward)))
+            except (AttributeError, LookupError, TypeError, ValueError):
+                dropped[cause] += 1
+    says = f"{len(triplets)} triplets from {args.dataset_name}, dropped: {dict(dropped)}"
+    flags = "--prompt_key, --completion_key and --reward_key"
+    require(triplets, f"{says}. The columns are {columns}: choose among them by {flags}")
+    say(says)
+    return triplets
+
+
+# --- encoding: texts to tokens
+def render_chats(tokenizer, chats, date, **options):
+    """Token ids of chats as the chat template renders them: a list of lists.
+
+    date: such as 2024-11-05. A template that would write today's writes that.
+    """
+    day = time.strptime(date, "%Y-%m-%d") if date else time.localtime()
+    call = r"strftime_now\(\s*['\"](.*?)['\"]\s*\)"
+    template = re.sub(
+        call, lambda found: repr(time.strftime(found[1], day)), tokenizer.get_chat_template()
+    )
+    options.update(chat_template=template, enable_thinking=False, return_dict=False)
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    controls = [text for text in added if not text.isspace()]
+    with loading("the chat template"):
+        rows = tokenizer.apply_chat_template(chats, **options)
+        for i, chat in enumerate(chats):
+            # A control token that a text spells must stay text; but sanitising is slow.
+            texts = "".join(turn["content"] for turn in chat)
+            if any(control in texts for control in controls):
+                options["sanitize_control_tokens"] = True
+                rows[i] = tokenizer.apply_chat_template(chat, **options)
+    return rows
+
+
+def special_ids(tokenizer):
+    """Special tokens, which T5's tokenizer makes of a text that spells them."""
+    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
+def cut_prompt(tokenizer, ids, max_length):
+    """The last max_length ids of a prompt; if it began with BOS, it still does."""
+    if len(ids) <= max_length:
+        return ids
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    return bos + ids[len(ids) - max_length + len(bos) :]
+
+
+def encode_prompts(tokenizer, prompts, is_encoder_decoder, max_length, date=None):
+    """Token ids of prompts, at most max_length each: a list of lists.
+
+    A decoder-only model's chat template is applied, if it has one.
+    """
+    chats = [as_chat(prompt) for prompt in prompts]
+    if tokenizer.chat_template and not is_encoder_decoder:
+        for i, prompt in enumerate(prompts):
+            chats[i] = chats[i] or [{"role": "user", "content": prompt}]
+        rows = render_chats(tokenizer, chats, date, add_generation_prompt=True)
+    else:
+        says = "conversations need a --model_name_or_path with a decoder alone and a chat template"
+        require(not any(chats), says)
+        special = special_ids(tokenizer)
+        rows = []
+        for ids in tokenizer(list(prompts), split_special_tokens=True).input_ids:
+            ends = (0, len(ids) - 1)
+            ids = [id for i, id in enumerate(ids) if i in ends or id not in special]
+            if ids[-1] == tokenizer.eos_token_id and not is_encoder_decoder:
+                ids = ids[:-1]  # An end behind a text is for encoders alone.
+            rows.append(ids)
+    return [cut_prompt(tokenizer, ids, max_length) for ids in rows]
+
+
+def completion_end(tokenizer, is_encoder_decoder):
+    """The token that ends a completion: the first added one that a chat template writes behind
+    an answer, or else eos_token. Raises UserError if there is none.
+    """
+    end = tokenizer.eos_token_id
+    if tokenizer.chat_template and not is_encoder_decoder:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Placeholder"}]
+        with loading("the chat template"):
+            text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
+        behind = text.rpartition("Placeholder")[2]
+        for token in reversed(tokenizer(behind, add_special_tokens=False).input_ids):
+            if token in tokenizer.added_tokens_decoder:
+                end = token
+    require(end is not None, "the tokenizer has no end token: set its eos_token")
+    return end
+
+
+def encode_completions(tokenizer, completions, is_encoder_decoder, max_length):
+    """Token ids of completions with their ends, at most max_length each: a list of lists.
+
+    With a chat template, they are what it renders behind a prompt. A longer completion keeps
+    its beginning, and no end.
+    """
+    end = completion_end(tokenizer, is_encoder_decoder)
+    special = special_ids(tokenizer)
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    rows = []
+    for ids in tokenizer(list(completions), **options).input_ids:
+        rows.append([token for token in ids if token not in special])
+    if tokenizer.chat_template and not is_encoder_decoder:
+        user = {"role": "user", "content": "?"}
+        [prompt] = render_chats(tokenizer, [[user]], None, add_generation_prompt=True)
+        chats = [[user, {"role": "assistant", "content": text}] for text in completions]
+        for i, ids in enumerate(render_chats(tokenizer, chats, None)):
+            # Some templates write <think> into the prompt alone; then the text stands by itself.
+            if ids[: len(prompt)] == prompt:
+                rows[i] = ids[len(prompt) :]
+                if end in rows[i]:
+                    rows[i] = rows[i][: rows[i].index(end)]
+    return [[*ids, end][:max_length] for ids in rows]
+
+
+# --- the data of a run
+def load_policy(source, revision=None, seed=0):
+    """(model, tokenizer), in float32, without dropout; "dice" is a tiny T5."""
+    if source == "dice":
+        torch.manual_seed(seed)
+        sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2}
+        config = transformers.T5Config(vocab_size=384, decoder_start_token_id=0, **sizes)
+        policy = transformers.T5ForConditionalGeneration(config)
+        return policy.eval().to(DEVICE), transformers.ByT5Tokenizer()
+    with loading(source):
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        kind = transformers.AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            kind = transformers.AutoModelForSeq2SeqLM
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        policy, info = kind.from_pretrained(source, revision=revision, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+        ids = tokenizer("abc", add_special_tokens=False).input_ids
+        knows_words = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}")
+    require(knows_words, f"{source} has no tokenizer that knows a word: add its files")
+    if hasattr(tokenizer, "legacy"):  # It changes tokens, and transformers does not save it.
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return policy.eval().to(DEVICE), tokenizer
+
+
+def make_rows(args, tokenizer, is_encoder_decoder, triplets, mean, std):
+    """Triplets as Rows, the shares of prompts and completions that were cut, and a hash."""
+    x = []
+    y = []
+    num_cut = np.zeros(2)
+    end = completion_end(tokenizer, is_encoder_decoder)
+    # A thousand at a time, for lists take nine times the memory of arrays.
+    for start in progress(range(0, len(triplets), 1000), "Tokenising"):
+        prompts, completions, _ = zip(*triplets[start : start + 1000])
+        unique = list(dict.fromkeys(prompts))
+        whole = encode_prompts(tokenizer, unique, is_encoder_decoder, sys.maxsize, args.date)
+        whole_of = dict(zip(unique, whole))
+        for prompt in prompts:
+            ids = cut_prompt(tokenizer, whole_of[prompt], args.max_prompt_length)
+            x.append(np.array(ids, dtype=np.int32))
+            num_cut[0] += len(ids) < len(whole_of[prompt])
+        limit = args.max_completion_length
+        for ids in encode_completions(tokenizer, completions, is_encoder_decoder, limit):
+            y.append(np.array(ids, dtype=np.int32))
+            num_cut[1] += ids[-1] != end
+    prompts, _, rewards = zip(*triplets)
+    raw = torch.tensor(rewards, dtype=torch.float64)
+    rewards = ((raw - mean) / std).float()
+    ref_logps = torch.full_like(rewards, math.nan)
+    rows = Rows(list(prompts), x, y, rewards, is_encoder_decoder, ref_logps)
+    digest = sha256(rows.lengths.tobytes())
+    for array in [*x, *y, raw.numpy()]:
+        digest.update(array.tobytes())
+    return rows, num_cut / len(x), digest.hexdigest()
+
+
+# fmt: off
+DATA_FLAGS = (
+    "dataset_name", "dataset_revision", "dataset_split", "prompt_key", "completion_key",
+    "reward_key", "split_mode",
+)
+SPLIT_FLAGS = (
+    "seed", "num_eval_prompts", "num_eval_folds", "eval_prompts_per_fold", "eval_fold_index",
+)
+# fmt: on
+
+
+def load_data(args, tokenizer, is_encoder_decoder):
+    """Triplets, split, tokenised, normalised: (Rows by name, fold_of, manifest)."""
+    dropped = Counter()
+    triplets = load_triplets(args, dropped)
+    settings = {name: getattr(args, name) for name in SPLIT_FLAGS}
+    prompts = {prompt for prompt, _, _ in triplets}
+    train_prompts, fold_of = split_prompts(prompts, args.split_mode, **settings)
+    train = [triplet for triplet in triplets if triplet[0] not in fold_of]
+    held_out = [triplet for triplet in triplets if triplet[0] in fold_of]
+    # The paper's "mean 0 and variance 1". No held-out reward leaks into it.
+    raw = np.array([reward for _, _, reward in train])
+    mean = float(raw.mean())
+    std = float(raw.std())
+    differ = std > 1e-12 * np.abs(raw).max()  # by more than rounding
+    says = f"all training rewards are {mean:.6g}: choose another --reward_key or --seed"
+    require(differ, says)
+    if args.overfit_one_batch:
+        first_rows = epoch_order(0, len(train), args.seed)[: args.train_batch_size]
+        train = [train[row] for row in first_rows]
+    terms = (args, tokenizer, is_encoder_decoder)
+    data = {}
+    data["train"], cut, train_sha256 = make_rows(*terms, train, mean, std)
+    data["eval"], _, eval_sha256 = make_rows(*terms, held_out, mean, std)
+    if args.dataset_name == "dice":
+        data["rolls"], _, _ = make_rows(*terms, every_roll(fold_of), mean, std)
+    if args.loss == "kto":  # As in KTO's own code, a few rows are their own partners.
+        partners = np.random.default_rng(args.seed).permutation(len(train))
+        completions = [data["train"].y[row] for row in partners]
+        data["mismatched"] = replace(data["train"], y=completions)
+    manifest = {name: getattr(args, name) for name in (*DATA_FLAGS, *SPLIT_FLAGS)}
+    manifest.update(train_rows=len(train), train_prompts=len(train_prompts))
+    manifest.update(eval_rows=len(held_out), eval_prompts=len(fold_of))
+    manifest.update(reward_mean=mean, reward_min=float(raw.min()))
+    manifest.update(reward_std=std, reward_max=float(raw.max()))
+    manifest.update(cut_prompts=cut[0], cut_completions=cut[1], dropped=dict(dropped))
+    manifest.update(train_sha256=train_sha256, eval_sha256=eval_sha256)
+    say(json.dumps(manifest, indent=1, ensure_ascii=False))
+    manifest["held_out"] = defaultdict(list)
+    for prompt, fold in fold_of.items():
+        manifest["held_out"][str(fold)].append(sha256(prompt.encode()).hexdigest()[:16])
+    return data, fold_of, manifest
+
+
+# --- a run on disk
+# A file is whole or not there, so a kill loses only what came after a checkpoint. metrics.jsonl
+# grows, but --resume takes the checkpoint's; and the policy counts when results.json is there.
+def save_whole(path, write):
+    """write(temporary) makes a file or folder, which is renamed to `path` when it is whole."""
     if RANK == 0:
-        with open(Path(state.args.output_dir, "metrics.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        temporary = path.with_name(f".{path.name}.tmp")
+        write(temporary)
+        os.replace(temporary, path)
+    gather("it is written")
+
+
+def save_json(path, *objects, indent=None):
+    """Write objects as JSON, one behind the other."""
+    texts = [json.dumps(each, indent=indent, ensure_ascii=False) + "\n" for each in objects]
+    save_whole(path, lambda temporary: temporary.write_bytes("".join(texts).encode()))
+
+
+def log(run, metrics):
+    """Add a line to metrics.jsonl, and say it. Raises UserError for NaN or infinity."""
+    line = {"step": run.step} | {name: float(number) for name, number in metrics.items()}
+    says = ", ".join(f"{name} {number:.4g}" for name, number in line.items())
+    is_finite = all(math.isfinite(number) for number in line.values())
+    require(is_finite, f"not every number is finite ({says}): lower the learning rates")
+    if RANK == 0:
+        with open(Path(run.args.output_dir, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
     say(says)
 
 
-# ---------- evaluation
-def evaluate(state):
-    """Log the held-out numbers as eval_…, by one formula for all losses (but SFT's eval_loss)."""
-    data = state.data["eval"]
-    logps, values = score(state, data, None, state.value_model, "π and V on held-out rows")
-    log_ratio = logps - data.ref_logps
-    window = {"log_ratio": [log_ratio], "reward": [data.rewards]}
-    window.update(loss=[-logps], tokens=[torch.from_numpy(data.lengths)])
-    if state.value_model:
-        window["value"] = [values]
-    metrics = summarise(window, state.args)
-    points = []  # for each two answers to a prompt that log π/π_ref orders rightly; a tie is ½
-    for prompt in state.fold_of:
-        rows = [row for row, other in enumerate(data.prompts) if other == prompt]
-        better = data.rewards[rows][:, None] > data.rewards[rows]
-        margins = (log_ratio[rows][:, None] - log_ratio[rows])[better]
-        points += torch.where(margins.abs() <= 1e-3, 0.5, (margins > 0).float()).tolist()
-    if points:
-        metrics["pair_accuracy"] = np.mean(points)
-    pair = torch.stack([log_ratio, data.rewards - values.nan_to_num()])  # needs no second answer
-    if (pair.std(1, correction=0) > 1e-3).all():
-        metrics["reward_correlation"] = pair.corrcoef()[0, 1]
-    log(state, {f"eval_{name}": x for name, x in metrics.items()})
+def save_networks(run, folder):
+    """Write policy and tokenizer, for `from_pretrained`, and V."""
+    run.policy.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    if run.value_model:
+        save_model(run.value_model, str(folder / "value_model.safetensors"))
 
 
-def generate(state):
-    """Answer every held-out prompt once, and write generations-<step>.jsonl."""
-    args = state.args
-    policy = state.policy
-    seq2seq = policy.config.is_encoder_decoder
-    data = state.data["eval"]
-    prompt_ids = [data.x[data.prompts.index(prompt)] for prompt in state.fold_of]
-    end = completion_end(state.tokenizer, seq2seq)[0][-1]
-    ends = {end, state.tokenizer.eos_token_id} - {None}
-    # In the place of the model's own, from which transformers would take penalties and limits.
-    own_config = policy.generation_config
-    policy.generation_config = transformers.GenerationConfig(
-        do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0,
-        max_new_tokens=args.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=end,
-        decoder_start_token_id=getattr(policy.config, "decoder_start_token_id", None),
-    )  # fmt: skip
-    torch.manual_seed(args.seed + RANK)  # the same command gives the same answers
-    widths = np.array([[len(ids) + args.max_new_tokens] for ids in prompt_ids])
-    pieces = micro_batches(np.arange(len(widths)), widths, 8 * args.micro_batch_tokens)
-    answers = {}
-    for piece in progress(pieces, "Answering"):
-        x = [torch.from_numpy(prompt_ids[number]).long() for number in piece]
-        padded = nn.utils.rnn.pad_sequence(x, True, -100, "right" if seq2seq else "left").to(DEVICE)
-        bfloat16 = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
-        with torch.no_grad(), bfloat16, float32_head(policy, lambda states: states):
-            ids = policy.generate(padded.clamp(min=0), attention_mask=(padded >= 0).long())
-        start = 1 if seq2seq else padded.shape[1]
-        answers.update(zip(piece.tolist(), ids[:, start:].tolist(), strict=True))
-    policy.generation_config = own_config
-    lines = [{"prompt": prompt, "fold": fold} for prompt, fold in state.fold_of.items()]
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    for number, tokens in itertools.chain(*[others.items() for others in gather(answers)]):
-        lines[number]["completion"] = state.tokenizer.decode(tokens, **options)
-        lines[number]["finished"] = not ends.isdisjoint(tokens)
-    save_json(Path(args.output_dir, f"generations-{state.step}.jsonl"), *lines)
+def checkpoints(folder):
+    """(step, path) of each checkpoint in a run's folder, the newest last."""
+    found = []
+    for path in Path(folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit():
+            found.append((int(step), path))
+    return sorted(found)
 
 
-# ---------- dice
-# "Ada rolls 3d6" is a prompt, "416" a completion, 11 its reward; DRO-V should load the dice.
+def save_checkpoint(run):
+    """Write what --resume needs. (`evaluate`, before it, has found no NaN.)"""
+    folder = Path(run.args.output_dir)
+
+    def write(temporary):
+        save_networks(run, temporary)
+        torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
+        shutil.copy(folder / "metrics.jsonl", temporary)
+
+    save_whole(folder / f"checkpoint-{run.step}", write)
+    if RANK == 0 and run.args.save_total_limit:
+        for _, path in checkpoints(folder)[: -run.args.save_total_limit]:
+            # Renamed first: half of one must not look like a checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))
+
+
+def load_checkpoint(run, path):
+    """Go on with a checkpoint's V, optimiser and log. `begin` has loaded its policy."""
+    with loading(path):
+        if run.value_model:
+            load_model(run.value_model, path / "value_model.safetensors")
+        state = torch.load(path / "optimizer.pt", map_location="cpu")
+        run.optimizer.load_state_dict(state)
+    if RANK == 0:
+        shutil.copy(path / "metrics.jsonl", run.args.output_dir)
+
+
+# --- dice: an example whose optimum is known
+# "Ada rolls 3d6" asks for three six-sided dice. "416" is an answer, and 11, its sum, its reward.
+# The policy should learn to load the dice, by as much as Eq. 2 says.
 def dice_rolls(seed):
-    """64 fair rolls for each of 240 prompts: 20 names × 1 to 4 dice × 4, 6 or 8 sides."""
-    names = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam Niels Pierre
-    Rózsa Sofia Sophie Srinivasa Thomas"""
+    """Yield 64 fair rolls for each of 240 prompts, of 1 to 4 dice with 4, 6 or 8 sides."""
+    names = """Ada Alan Blaise Carl Edsger Emmy Grace Hedy Henri John Kurt Leslie Maryam
+    Niels Pierre Rózsa Sofia Sophie Srinivasa Thomas"""
     rng = np.random.default_rng(seed)
     for name, dice, sides in itertools.product(names.split(), (1, 2, 3, 4), (4, 6, 8)):
         for roll in rng.integers(1, sides + 1, size=(64, dice)):
-            completion = "".join(map(str, roll))
+            completion = "".join(str(face) for face in roll)
             prompt = f"{name} rolls {dice}d{sides}"
             yield {"prompt": prompt, "completion": completion, "reward": int(roll.sum())}
 
@@ -772,426 +1137,308 @@ def every_roll(prompts):
         dice, sides = map(int, prompt.split()[-1].split("d"))
         if dice <= 3:
             for roll in itertools.product(range(1, sides + 1), repeat=dice):
-                triplets.append((prompt, "".join(map(str, roll)), sum(roll)))
-    require(triplets, "no held-out prompt has less than four dice: hold out more")
+                triplets.append((prompt, "".join(str(face) for face in roll), sum(roll)))
     return triplets
 
 
-def dice_reference(state):
-    """Train `state.policy` on fair rolls: π_ref. It is kept in RUN/sft, for a run that goes on."""
-    folder = Path(state.args.output_dir, "sft")
-    if not gather(folder.exists())[0]:
-        data = state.data["train"]
-        parameters = list(state.policy.parameters())
+def dice_reference(run):
+    """Make π_ref, and keep it in RUN/sft: train the policy by maximum likelihood on fair rolls.
+
+    They answer all prompts: π_ref is given, and not learnt from the split.
+    """
+    folder = Path(run.args.output_dir, "sft")
+    if not folder.exists():
+        rolls = [tuple(row.values()) for row in dice_rolls(run.args.seed)]
+        data, _, _ = make_rows(run.args, run.tokenizer, True, rolls, 0.0, 1.0)
+        parameters = list(run.policy.parameters())
         optimizer = torch.optim.Adafactor(parameters, beta2_decay=-0.8, eps=(1e-15, 1e-3))
         for step in progress(range(1, 601), "π_ref learns to roll fair dice"):
-            rows = step_rows(step, len(data.x), 64, state.args.seed)
-            tokens = data.lengths[rows, 1].sum()
-            (-sequence_logps(state.policy, data.batch(rows)).sum() / tokens).backward()
+            rows = step_rows(step, len(data.x), 64, run.args.seed)
+            num_tokens = data.lengths[rows, 1].sum()
+            (-sequence_logps(run.policy, data.batch(rows)).sum() / num_tokens).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.param_groups[0]["lr"] = 0.05 * (601 - step) / 601
             optimizer.step()
             optimizer.zero_grad()
-        save_whole(folder, lambda path: save_networks(state, path))
-    state.policy, _ = load_policy(folder)
+        save_whole(folder, lambda temporary: save_networks(run, temporary))
+    run.policy, _ = load_policy(folder)
 
 
-def dice_report(state):
-    """The share that the policy has of the rise of Eq. 1, over all rolls, given valid ones."""
-    tau = state.args.tau
-    data = state.data["rolls"]
-    logps, values = score(state, data, None, state.value_model, "every roll")
-    names = {"sft": "π_ref", "policy": "π_θ", "optimum": "π*"}
-    table = []
-    errors = []
-    for prompt in dict.fromkeys(data.prompts):
-        rows = [row for row, other in enumerate(data.prompts) if other == prompt]
+def dice_report(run):
+    """Compare π_θ with π_ref and the optimum π*, over every valid roll: results.json's part."""
+    tau = run.args.tau
+    data = run.data["rolls"]
+    all_rows = np.arange(len(data.x))
+    logps = score(run.policy_logps, data, all_rows, run.args)
+    rows_of = defaultdict(list)
+    for row, prompt in enumerate(data.prompts):
+        rows_of[prompt].append(row)
+    outcomes = []  # for each prompt (3, 3): reward, KL and valid mass of π_ref, π_θ and π*
+    v_star = []
+    for rows in rows_of.values():
         rewards = data.rewards[rows].double()
-        ref_logps = data.ref_logps[rows].double()
-        optimum = ref_logps.log_softmax(0) + rewards / tau  # log π* + V*/τ: Eq. 2
-        errors.append(values[rows[0]].nan_to_num() - tau * optimum.logsumexp(0))  # V, or 0, − V*
-        three = torch.stack([ref_logps, logps[rows].double(), optimum.log_softmax(0)])  # (3, rolls)
-        log_p = three.log_softmax(1)
+        ref = data.ref_logps[rows].double()
+        tilted = ref + rewards / tau
+        v_star.append(tau * tilted.logsumexp(0))
+        optimum = tilted.log_softmax(0)  # Eq. 2
+        log_p = torch.stack([ref, logps[rows].double(), optimum])
+        valid_mass = log_p.exp().sum(1)
+        log_p = log_p.log_softmax(1)  # given a valid roll
         p = log_p.exp()
         kl = (p * (log_p - log_p[0])).sum(1)
-        table.append(torch.stack([p @ rewards, kl, three.logsumexp(1).exp()], dim=1))
-        if len(table) == 1 or len(rows) <= 6:
-            shown = list(zip(rows, p.T.tolist(), strict=True))[:8]
-    say(f"\nEach roll's probability, for a prompt that was never trained on, at τ = {tau:g}:")
-    for row, shares in shown:
-        for name, share in zip(names.values(), shares, strict=True):
-            roll = state.tokenizer.decode(data.y[row], skip_special_tokens=True)
-            say(f"{data.prompts[row]}: {roll}  {name:<6}{share:6.1%} {'█' * round(60 * share)}")
-    say(f"\nExactly, over every roll of {len(table)} held-out prompts of at most three dice:")
+        outcomes.append(torch.stack([p @ rewards, kl, valid_mass], dim=1))
+    say(f"\nMeans over {len(rows_of)} held-out prompts of at most three dice:")
     say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
-    results = {"tau": tau, "value_rmse": float(np.sqrt(np.mean(np.square(errors))))}
-    for key, (reward, kl, valid) in zip(names, torch.stack(table).mean(0).tolist(), strict=True):
-        raw = reward * state.manifest["reward_std"] + state.manifest["reward_mean"]
+    results = {"tau": tau}
+    names = {"sft": "π_ref", "policy": "π_θ", "optimum": "π*"}
+    for key, (reward, kl, valid) in zip(names, torch.stack(outcomes).mean(0).tolist()):
+        pips = reward * run.manifest["reward_std"] + run.manifest["reward_mean"]
         objective = reward - tau * kl  # Eq. 1
-        results[key] = {"reward": raw, "kl": kl, "objective": objective, "valid": valid}
-        say(f"{names[key]:<8}{raw:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}")
-    start, reached, best = [results[key]["objective"] for key in names]
-    results["gain_share"] = (reached - start) / (best - start)
-    says = f"π_θ has {results['gain_share']:.2%} of π*'s rise of the objective, given a valid roll"
-    say(f"{says}; V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square)")
+        results[key] = {"reward": pips, "kl": kl, "objective": objective, "valid": valid}
+        say(f"{names[key]:<8}{pips:>12.3f}{kl:>9.4f}{objective:>11.4f}{valid:>12.2%}")
+    start, reached, best = (results[key]["objective"] for key in names)
+    share = (reached - start) / (best - start)
+    results["gain_share"] = share
+    say(f"π_θ has {share:.2%} of the rise of the objective (Eq. 1 in normalised rewards).")
+    if run.value_model:
+        firsts = np.array([rows[0] for rows in rows_of.values()])
+        errors = score(run.value_model, data, firsts, run.args) - torch.stack(v_star)
+        results["value_rmse"] = errors.square().mean().sqrt().item()
+        say(f"V(x) is off V*(x) by {results['value_rmse']:.3f} (root mean square).")
     return results
 
 
-# ---------- comparison
-def load_answers(folders, first):
-    """Last or `first` answers by prompt, of runs that are folds of one policy; runs' settings."""
-    prefixes = ("dataset", "split", "seed", "num_", "eval_p", "max_p", "max_c", "max_n", "temp")
-    answers = {}
-    settings = []
-    for folder in map(Path, folders):
-        with loading(f"{folder}, which must be a finished run"):
-            args = json.loads((folder / "args.json").read_text("utf-8"))
-            step = json.loads((folder / "results.json").read_text("utf-8"))["step"]
-            lines = list(read_file(folder / f"generations-{0 if first else step}.jsonl"))
-        new = {line["prompt"]: line for line in lines}
-        require(answers.keys().isdisjoint(new), f"{folder} answers a prompt again")
-        answers.update(new)
-        settings.append({name: x for name, x in args.items() if name.startswith(prefixes)})
-    return answers, settings
-
-
-def make_pairs(ours, theirs):
-    """Blind pairs: `id`, `prompt`, `A`, `B`; and `fold`, `ours`. Swapped sides give the same ones."""
-    pairs = []
-    for prompt, line in ours.items():
-        texts = sorted([line["completion"], theirs[prompt]["completion"]])
-        key = sha256(json.dumps([prompt, *texts]).encode()).hexdigest()
-        if int(key[-1], 16) % 2 == 0:
-            texts.reverse()
-        pair = {"id": key[:16], "prompt": prompt, "A": texts[0], "B": texts[1]}
-        mine = "A" if texts[0] == line["completion"] else "B"
-        pairs.append(pair | {"fold": line["fold"], "ours": mine})
-    return pairs
-
-
-def load_scores(file, pairs):
-    """Our score in each pair, (N,): 1 won, 0 lost, ½ a tie; of several verdicts the mean, or NaN."""
-    winners = defaultdict(list)
-    with loading(file):
-        for line in read_file(file):
-            require(line["winner"] in ("A", "B", "tie"), f"{line} is no verdict")
-            winners[line["id"]].append(line["winner"])
-    scores = []
-    for pair in pairs:
-        points = {"A": 0.0, "B": 0.0, "tie": 0.5, pair["ours"]: 1.0}
-        given = [points[winner] for winner in winners[pair["id"]]] or [math.nan]
-        scores.append(0.5 if pair["A"] == pair["B"] else np.mean(given))
-    missing = np.isnan(scores).sum()
-    require(missing < len(pairs), f"{file} has no verdict on any of these pairs")
-    say(f"{file}: {missing} of {len(pairs)} pairs lack a verdict")
-    return np.array(scores)
-
-
-def win_rates(scores, folds):
-    """From scores and folds, (N,): win rate, Wilson's 95 % interval, folds' rates, and their std."""
-    folds = folds[~np.isnan(scores)]
-    scores = scores[~np.isnan(scores)]
-    # A score in [0, 1] has a variance of at most p (1 − p): with ties this errs on the wide side.
-    p = scores.mean()
-    n = len(scores)
-    z = 1.959964
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2) / (1 + z**2 / n)
-    results = {"win_rate": p, "interval": [max(0.0, middle - half), min(1.0, middle + half)]}
-    results.update(wins=int((scores > 0.5).sum()), losses=int((scores < 0.5).sum()), prompts=n)
-    results["ties"] = n - results["wins"] - results["losses"]
-    rates = {str(fold): scores[folds == fold].mean() for fold in np.unique(folds)}
-    std = np.std(list(rates.values()), ddof=1) if len(rates) > 1 else None
-    return results | {"folds": rates, "std": std}
-
-
-def compare(args):
-    """Write blind pairs of one policy's answers and another's; with --verdicts, say who won."""
-    ours, settings = load_answers(args.compare, first=False)
-    theirs, others = load_answers(args.against or args.compare, first=args.against is None)
-    for each in settings + others:
-        require(each == settings[0], f"the runs do not compare: {each} and {settings[0]}")
-    require(ours.keys() == theirs.keys(), "the runs do not answer the same prompts")
-    pairs = make_pairs(ours, theirs)
-    file = Path(args.output_dir, "pairs.jsonl")
-    save_json(file, *[{name: pair[name] for name in ("id", "prompt", "A", "B")} for pair in pairs])
-    lengths = [np.mean([len(x["completion"]) for x in side.values()]) for side in (ours, theirs)]
-    equal = sum(pair["A"] == pair["B"] for pair in pairs)
-    says = f"{len(pairs)} blind pairs for --verdicts are in {file}, {equal} of equal answers; on average"
-    say(f"{says} ours have {lengths[0]:.0f} characters, theirs {lengths[1]:.0f}")
-    if args.verdicts:
-        folds = np.array([pair["fold"] for pair in pairs])
-        results = win_rates(load_scores(args.verdicts, pairs), folds)
-        results.update(compare=args.compare, against=args.against, mean_characters=lengths)
-        save_json(file.with_name("win_rates.json"), results, indent=2)
-        low, high = results["interval"]
-        spread = "" if results["std"] is None else f" ± {results['std']:.1%}"
-        say(f"win rate {results['win_rate']:.1%}{spread}, 95 % interval {low:.1%} to {high:.1%}")
-
-
-# ---------- a run on disk
-# `run` says in which order it is written. Each is whole or not there (metrics.jsonl is put back by
-# --resume; the last policy counts with results.json): a kill loses what is after a checkpoint.
-def save_whole(path, write):
-    """`write` makes a file or folder under another name, which becomes `path` once it is whole."""
-    if RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        write(temporary)
-        os.replace(temporary, path)
-    gather("it is written")
-
-
-def save_json(path, *objects, indent=None):
-    """The objects, with a line break behind each."""
-    text = "".join(json.dumps(each, indent=indent, ensure_ascii=False) + "\n" for each in objects)
-    save_whole(path, lambda file: file.write_text(text, encoding="utf-8", newline="\n"))
-
-
-def save_networks(state, folder):
-    """Policy and tokenizer, for `from_pretrained`, and the value model."""
-    state.policy.save_pretrained(folder)
-    state.tokenizer.save_pretrained(folder)
-    if state.value_model:
-        save_model(state.value_model, str(folder / "value_model.safetensors"))
-
-
-def checkpoints(args):
-    """The checkpoints in the run's folder, the newest last."""
-    found = Path(args.output_dir).glob("checkpoint-*")
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def save_checkpoint(state):
-    """Networks, optimiser and the log so far, after an evaluation: with no weight that is not finite."""
-
-    def write(folder):
-        save_networks(state, folder)
-        torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
-        shutil.copy(folder.with_name("metrics.jsonl"), folder)
-
-    save_whole(Path(state.args.output_dir, f"checkpoint-{state.step}"), write)
-    if RANK == 0 and state.args.save_total_limit:
-        for old in checkpoints(state.args)[: -state.args.save_total_limit]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")))  # never half of one
-
-
-def load_checkpoint(state, folder):
-    """Go on from there: V, optimiser, log and step; the policy is loaded."""
-    with loading(folder):
-        if state.value_model:
-            load_model(state.value_model, folder / "value_model.safetensors")
-        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        state.optimizer.load_state_dict(optimizer)
-    if RANK == 0:
-        shutil.copy(folder / "metrics.jsonl", folder.parent)
-    state.step = int(folder.name.split("-")[1])
-
-
-# ---------- arguments
+# --- arguments
 MODEL = "google/flan-t5-large"
 DATASET = "openbmb/UltraFeedback"
 PINNED = {MODEL: "0613663d0d48ea86ba8cb3d7a44f0f65dc596a2a"}
-PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # with overall_scores of 10 corrected
+PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # corrects some overall_scores
+# fmt: off
 DICE = {
-    "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40, "max_steps": 300,
-    "learning_rate": 3e-3, "value_learning_rate": 3e-2, "lr_scheduler_type": "linear",  # a V that is slower leaks mass
-    "bf16": False, "warmup_steps": 60, "per_device_train_batch_size": 64, "micro_batch_tokens": 4096,
-    "logging_steps": 50, "save_steps": 300, "max_new_tokens": 8,
-}  # fmt: skip
-MAY_BE_0 = ("seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature")
-# What --resume may change, for it changes nothing that is learnt:
-FREE = ("per_device", "gradient_acc", "micro_batch", "save_total", "resume", "output_dir")
+    "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # Mass leaks if V is slower.
+    "lr_scheduler_type": "linear", "warmup_steps": 60, "max_steps": 300, "bf16": False,
+    "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "max_new_tokens": 8,
+    "logging_steps": 50, "save_steps": 300,
+}
+MAY_BE_0 = (
+    "seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature", "learning_rate",
+    "value_learning_rate",
+)
+# --resume may change these, while the batch, the product of its factors, stays.
+FREE = (
+    "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "resume",
+    "micro_batch_tokens", "save_total_limit",
+)
+# fmt: on
 
 
 def make_parser():
-    """The flags; their defaults are the paper's T5-L run."""
+    """The flags. The defaults are those of the paper's T5-L run."""
     parser = argparse.ArgumentParser("drov.py", allow_abbrev=False)
-    parser.error = lambda message: require(False, message)  # in one line
+    parser.error = lambda message: require(False, message)  # one line, without the usage
     path = os.path.expanduser
-    fold = lambda text: text if text == "all" else int(text)
-    gpu = torch.cuda.is_available()
-    switch = {"action": "store_true"}
+    has_gpu = torch.cuda.is_available()
+
+    def fold(text):
+        return text if text == "all" else int(text)
 
     def add(flag, default, text, **options):
         if "action" not in options:
             options.setdefault("type", type(default))
-        parser.add_argument(flag, default=default, help=f"{text} (default: {default})", **options)
+        text = f"{text} (default: {default})"
+        parser.add_argument(flag, default=default, help=text, **options)
 
-    # fmt: off
-    add("--dice", False, "the example", **switch)
-    add("--output_dir", None, "new or empty folder; else runs/TIME", type=path)
-    add("--resume", None, "go on with a run", type=path)
-    add("--seed", 42, "of split, batches, V's output, answers, dice")
-    add("--overfit_one_batch", False, "train on one batch, to see the loss vanish", **switch)
-    add("--overfit_steps", 300, "steps of --overfit_one_batch")
-    add("--dataset_name", DATASET, "hub name, folder, .jsonl, .json, .csv or .parquet", type=path)
-    add("--dataset_revision", None, "hub commit", type=str)
-    add("--dataset_split", "train", "of a hub dataset")
-    add("--reward_key", None, "column that is r; else reward or overall_score", type=str)
-    add("--split_mode", "prompt_seeded", "one set or folds", choices=("prompt_seeded", "prompt_fold"))
-    add("--num_eval_prompts", 1000, "prompts that prompt_seeded holds out")
-    add("--num_eval_folds", 5, "folds that prompt_fold cuts")
-    add("--eval_prompts_per_fold", 1000, "prompts in each fold")
-    add("--eval_fold_index", None, "fold held out, from 0, or 'all'", type=fold)
-    add("--max_train_samples", None, "whole prompts of at most so many triplets", type=int)
-    add("--max_eval_samples", None, "the same of the held-out ones", type=int)
-    add("--max_prompt_length", 512, "tokens of x")
-    add("--max_completion_length", 512, "tokens of y")
-    add("--model_name_or_path", MODEL, "hub name or folder: π_ref", type=path)
-    add("--model_revision", None, "hub commit", type=str)
-    add("--share_policy_and_value_backbone", False, "V reads π's states; paper: worse", **switch)
-    add("--bf16", gpu and torch.cuda.is_bf16_supported(), "bfloat16 autocast", action=argparse.BooleanOptionalAction)
-    add("--loss", "dro_v", "DRO-V, KTO, or maximum likelihood", choices=("dro_v", "kto", "sft"))
-    add("--value", "prompt", "V(x), a number, DRO-P", choices=("prompt", "constant", "batch"))
-    add("--tau", 1.0, "τ, the weight of the KL; KTO's β")
-    add("--learning_rate", 1e-4, "the policy's")
-    add("--value_learning_rate", 1e-4, "the value model's")
-    add("--optim", "adafactor", "optimiser", choices=("adafactor", "adamw"))
-    add("--lr_scheduler_type", "constant_with_warmup", "rate over the steps", choices=("constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"))
-    add("--warmup_steps", 150, "steps of linear warm-up")
-    add("--max_steps", 40000, "steps; 0 only evaluates and answers")
-    add("--max_grad_norm", None, "clip each network's gradient", type=float)
-    add("--per_device_train_batch_size", 32, "triplets a step and process")
-    add("--gradient_accumulation_steps", 1, "multiplies the batch")
-    add("--micro_batch_tokens", 8192 if gpu else 640, "padded tokens at once; changes no gradient")
-    add("--logging_steps", 10, "steps between two log lines")
-    add("--save_steps", 2000, "steps between two checkpoints")
-    add("--save_total_limit", None, "checkpoints to keep; else all", type=int)
-    add("--max_new_tokens", 512, "tokens of an answer, at most")
-    add("--temperature", 1.0, "of sampling; 0 is greedy")
-    add("--compare", None, "a run, or several with a fold each", type=path, nargs="+")
-    add("--against", None, "the other one; else each run's start", type=path, nargs="+")
-    add("--verdicts", None, "JSON Lines with `id` and `winner`", type=path)
-    # fmt: on
+    switch = {"action": "store_true"}
+    add("--dice", False, "Run the worked example.", **switch)
+    add("--output_dir", None, "A new folder, else one in runs/.", type=path)
+    add("--resume", None, "The folder of a run to go on with.", type=path)
+    add("--seed", 42, "Of split, batches, V's output, answers, dice.")
+    add("--overfit_one_batch", False, "Train on one batch alone.", **switch)
+    add("--overfit_steps", 300, "How many steps that takes.")
+    add("--dataset_name", DATASET, "A file, a folder, or a name on the hub.", type=path)
+    add("--dataset_revision", None, "The dataset's commit on the hub.", type=str)
+    add("--dataset_split", "train", "The split of a dataset.")
+    add("--prompt_key", None, "A column, else prompt or instruction.", type=str)
+    add("--completion_key", None, "A column, else completion or response.", type=str)
+    add("--reward_key", None, "A column, else reward or overall_score.", type=str)
+    modes = ("prompt_seeded", "prompt_fold")
+    add("--split_mode", modes[0], "Hold out one set of prompts, or folds.", choices=modes)
+    add("--num_eval_prompts", 1000, "Prompts that prompt_seeded holds out.")
+    add("--num_eval_folds", 5, "Folds that prompt_fold cuts.")
+    add("--eval_prompts_per_fold", 1000, "Prompts in a fold.")
+    add("--eval_fold_index", 0, "The held-out fold, from 0, or all.", type=fold)
+    add("--max_prompt_length", 512, "In tokens; a longer one loses its beginning.")
+    add("--max_completion_length", 512, "In tokens; a longer one loses its end.")
+    add("--model_name_or_path", MODEL, "π_ref: a folder, or a name on the hub.", type=path)
+    add("--model_revision", None, "The model's commit on the hub.", type=str)
+    add("--share_policy_and_value_backbone", False, "V has the policy's body.", **switch)
+    bf16 = has_gpu and torch.cuda.is_bf16_supported()
+    add("--bf16", bf16, "Products in bfloat16.", action=argparse.BooleanOptionalAction)
+    add("--loss", "dro_v", "DRO, or the baseline KTO.", choices=("dro_v", "kto"))
+    values = ("prompt", "constant", "batch")
+    add("--value", values[0], "V(x), one number for all x, or DRO-P.", choices=values)
+    add("--tau", 1.0, "The weight of the KL divergence; KTO's β.")
+    add("--learning_rate", 1e-4, "The policy's learning rate.")
+    add("--value_learning_rate", 1e-4, "V's learning rate.")
+    schedules = ("constant_with_warmup", "linear")
+    add("--lr_scheduler_type", schedules[0], "The learning rates' course.", choices=schedules)
+    add("--warmup_steps", 150, "Steps of linear warm-up.")
+    add("--max_steps", 40000, "Steps. With 0 it evaluates and answers.")
+    add("--max_grad_norm", None, "Clip each network's gradient to it.", type=float)
+    add("--per_device_train_batch_size", 32, "Triplets a step, for each process.")
+    add("--gradient_accumulation_steps", 1, "A factor of that number.")
+    tokens = 8192 if has_gpu else 640
+    add("--micro_batch_tokens", tokens, "Padded tokens at once, at most.")
+    add("--logging_steps", 10, "Steps between two log lines.")
+    add("--save_steps", 2000, "Steps between evaluations with a checkpoint.")
+    add("--save_total_limit", None, "Checkpoints to keep, else all.", type=int)
+    add("--max_new_tokens", 512, "Tokens of an answer, at most.")
+    add("--temperature", 1.0, "Of answers. 0 is greedy.")
     return parser
 
 
+def check_args(args, saved):
+    """Refuse numbers out of range, and flags that contradict each other or the saved ones."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            in_range = 0 < value < 2**32 or (value == 0 and name in MAY_BE_0)
+            require(in_range, f"--{name} {value} is out of range")
+        is_same = name in FREE or value == saved.get(name, value)
+        require(is_same, f"{name} was {saved.get(name)}: start a new run for {value}")
+    if args.split_mode == "prompt_seeded" and args.eval_fold_index != 0:
+        raise UserError("--eval_fold_index goes with --split_mode prompt_fold")
+    if args.loss == "kto" and (args.value != "prompt" or args.share_policy_and_value_backbone):
+        raise UserError("--value and --share_policy_and_value_backbone do not go with --loss kto")
+    if args.train_batch_size == 1 and (args.loss == "kto" or args.value == "batch"):
+        raise UserError("one row has no mean to compare it to: raise --per_device_train_batch_size")
+
+
 def parse_args(argv=None):
-    """Flags to Namespace; what is typed wins over --resume, --dice, ... Raises UserError."""
+    """Flags to a Namespace. --resume, --dice, --overfit_one_batch change other defaults."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    typed = parser.parse_args(argv)
     saved = {}
-    if args.resume:
-        with loading(f"--resume {args.resume}, which must be a run's folder"):
-            saved = json.loads(Path(args.resume, "args.json").read_text("utf-8"))
-    parser.set_defaults(**(saved or (DICE if args.dice else {})))
-    if args.overfit_one_batch and not saved:
-        parser.set_defaults(warmup_steps=0, logging_steps=1, max_eval_samples=1)
+    if typed.resume:
+        with loading(f"--resume {typed.resume} (is it a run's folder?)"):
+            saved = json.loads(Path(typed.resume, "args.json").read_text())
+            parser.set_defaults(**saved)
+    elif typed.overfit_one_batch:
+        parser.set_defaults(num_eval_prompts=1, eval_prompts_per_fold=1, warmup_steps=0)
+    if typed.dice:
+        parser.set_defaults(**DICE)
     args = parser.parse_args(argv)
-    args.max_steps = args.overfit_steps if args.overfit_one_batch else args.max_steps
-    args.date = saved.get("date", time.strftime("%Y-%m-%d"))  # for a template that writes it
+    if args.overfit_one_batch:
+        args.max_steps = args.overfit_steps
+    args.date = saved.get("date", time.strftime("%Y-%m-%d"))  # for chat templates
     args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED.get(args.dataset_name)
-    # A step's rows depend on the whole batch alone, however it is shared out.
     args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.train_batch_size *= WORLD_SIZE
-    args.output_dir = args.resume or args.output_dir or time.strftime("runs/%Y%m%d-%H%M%S")
-    for name, x in vars(args).items():
-        is_zero = x == 0 and (name in MAY_BE_0 or "learning_rate" in name)
-        in_range = type(x) not in (int, float) or 0 < x < 2**32 or is_zero
-        require(in_range, f"--{name} {x} is out of range")
-        same = x == saved.get(name, x) or name.startswith(FREE)
-        require(same, f"{name} was {saved.get(name)}: {x} would make it another run")
-    one_set = args.split_mode == "prompt_seeded" and args.eval_fold_index is not None
-    require(not one_set, "--eval_fold_index goes with --split_mode prompt_fold")
-    require(args.compare or not (args.against or args.verdicts), "--verdicts: of which --compare?")
-    of_v = args.value != "prompt" or args.share_policy_and_value_backbone
-    require(args.loss == "dro_v" or not of_v, "--value and --share_… go with --loss dro_v")
-    takes_mean = args.loss == "kto" or args.value == "batch"
-    require(args.train_batch_size > 1 or not takes_mean, "one row has no batch's mean")
+    new_folder = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    args.output_dir = args.resume or args.output_dir or new_folder
+    check_args(args, saved)
     return args
 
 
-# ---------- main
+# --- main
 def begin(args, newest):
-    """Load and check all, and only then write; a run that goes on must find the same data."""
+    """Load and check everything, then write: a Run. newest: a checkpoint, or None."""
     folder = Path(args.output_dir)
-    require(args.resume or not any(folder.glob("[!.]*")), f"--output_dir {folder} is not empty")
-    model = newest or args.model_name_or_path
-    policy, tokenizer = load_policy(model, args.model_revision, args.seed)
-    seq2seq = policy.config.is_encoder_decoder
-    data, fold_of, manifest = load_data(args, tokenizer, seq2seq)
-    limit = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    prompt = 0 if seq2seq else data["eval"].lengths[:, 0].max()
-    needed = max(prompt + args.max_new_tokens, *[rows.widths.max() for rows in data.values()])
-    require(needed <= limit, f"{needed} tokens are too many for the model's {limit} positions")
+    is_taken = folder.is_file() or any(folder.glob("*"))
+    says = f"--output_dir {folder} is not an empty folder: choose another"
+    require(args.resume or not is_taken, says)
+    source = newest or args.model_name_or_path
+    policy, tokenizer = load_policy(source, args.model_revision, args.seed)
+    is_encoder_decoder = policy.config.is_encoder_decoder
+    data, fold_of, manifest = load_data(args, tokenizer, is_encoder_decoder)
+    answered = 0 if is_encoder_decoder else data["eval"].lengths[:, 0].max()
+    longest = max(rows.widths.max() for rows in data.values())
+    longest = max(longest, answered + args.max_new_tokens)
+    config = policy.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    says = f"{longest} tokens are too many for the model's {limit} positions: lower "
+    flags = "--max_prompt_length, --max_completion_length or --max_new_tokens"
+    require(longest <= limit, says + flags)
+    largest = max(ids.max() for rows in data.values() for ids in [*rows.x, *rows.y])
+    num_tokens = policy.get_input_embeddings().weight.shape[0]
+    says = f"the model has {num_tokens} tokens, and none with the number {largest}"
+    require(largest < num_tokens, f"{says}: take its own tokenizer")
     file = folder / "prompt_split_manifest.json"
-    known = gather(file.exists())[0]  # all have looked into the folder before one writes
-    if not args.resume:
-        save_json(folder / "args.json", vars(args), indent=2)
-    if not known:
+    is_known = gather(file.exists())[0]  # All have looked into the folder before one writes.
+    if RANK == 0 and not args.resume:
+        with loading(f"--output_dir {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "args.json", "x") as new:  # never over another run's
+                new.write(json.dumps(vars(args), indent=2))
+    if not is_known:
         save_json(file, manifest, indent=2)
-    same = json.loads(file.read_text("utf-8")) == json.loads(json.dumps(manifest))
-    require(same, f"the data are not those of {file}")
-    state = {"data": data, "fold_of": fold_of, "manifest": manifest, "value_model": None, "step": 0}
-    return argparse.Namespace(args=args, policy=policy, tokenizer=tokenizer, **state)
+    elif json.loads(file.read_text("utf-8")) != json.loads(json.dumps(manifest)):
+        raise UserError(f"the data or their tokens are not those of {file}: start a new run")
+    return Run(args, tokenizer, policy, data, fold_of, manifest)
 
 
-def run(args):
-    """A run, from its start or from where it was killed, in the order of what it leaves on disk."""
+def carry_out(args):
+    """A run, from its start or its newest checkpoint; and the names of what it writes."""
     folder = Path(args.output_dir)
-    newest = (checkpoints(args) or [None])[-1]
-    state = begin(args, newest)  # args.json, prompt_split_manifest.json
+    step, newest = ([(0, None)] + checkpoints(folder))[-1]
+    run = begin(args, newest)  # args.json, prompt_split_manifest.json
+    run.step = step
+    if RANK == 0 and args.resume:
+        for leftover in folder.glob(".*.tmp"):  # of a kill
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if newest is None:
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
     if args.model_name_or_path == "dice" and newest is None:
-        dice_reference(state)  # sft
-    make_networks(state)
+        dice_reference(run)  # sft
+    score_reference(run)  # reference_logps.safetensors
+    make_networks(run)
     if newest:
-        load_checkpoint(state, newest)
-    elif RANK == 0:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    score_reference(state)  # reference_logps.safetensors
-    if state.step == 0:
-        evaluate(state)
-        generate(state)  # generations-0.jsonl
-    train(state)  # metrics.jsonl, checkpoint-…
-    if state.step > 0:
-        generate(state)
-    results = list(read_file(folder / "metrics.jsonl"))[-1]  # held-out numbers
-    if "rolls" in state.data:
-        results.update(dice_report(state))
-    answers = read_file(folder / f"generations-{state.step}.jsonl")
-    results["finished"] = np.mean([answer["finished"] for answer in answers])
+        load_checkpoint(run, newest)
+    else:
+        evaluate(run)
+        finished = generate(run)  # generations-0.jsonl
+    train(run)  # metrics.jsonl, checkpoint-<step>
+    if run.step > 0:
+        finished = generate(run)  # generations-<step>.jsonl
+    *_, results = read_json(folder / "metrics.jsonl")  # the last evaluation
+    results["finished"] = finished
+    if "rolls" in run.data:
+        results.update(dice_report(run))
     if RANK == 0:
-        save_networks(state, folder)
-    save_json(folder / "results.json", results, indent=2)  # now the run is a finished one
-    say(f"the policy and its results are in {folder}")
+        save_networks(run, folder)
+    save_json(folder / "results.json", results, indent=2)  # Now the run is finished.
+    say(f"The policy and its results are in {folder}.")
 
 
 def main(argv=None):
-    """The program. Exits with 2 for a UserError, 1 if memory or numbers fail, 130 at Ctrl-C."""
+    """The program. It exits with 2 for a UserError, and with 130 for Ctrl-C."""
     logging.disable(logging.WARNING)  # of all libraries
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what stays float32
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, where it is not bfloat16
     args = None
     try:
         if WORLD_SIZE > 1 and not dist.is_initialized():
             if DEVICE.type == "cuda":
                 torch.cuda.set_device(DEVICE)
-            with loading("the other processes (start them with torchrun, or unset WORLD_SIZE)"):
+            with loading("the other processes (use torchrun, or unset WORLD_SIZE)"):
                 dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
-        args = gather(parse_args(argv))[0]  # the name may hold the time
-        if args.dice:
-            torch.set_num_threads(1)  # so small a model is no faster with more
-        if args.compare:
-            compare(args)
-        elif args.resume and Path(args.resume, "results.json").exists():
-            say(f"{args.resume} is finished: see its results.json")
+        args = gather(parse_args(argv))[0]  # The folder's name may hold the time.
+        if args.resume and Path(args.resume, "results.json").exists():
+            say(f"{args.resume} is finished: see its results.json.")
         else:
-            run(args)
-    except (UserError, FloatingPointError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        says = " ".join(str(error).split())[:500] or type(error).__name__
-        if isinstance(error, RuntimeError) and "memory" not in says:
-            raise
-        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        if args and code != 2 and "finite" not in says and os.path.exists(args.output_dir):
-            says += f"; go on with --resume {args.output_dir} (and a lower --micro_batch_tokens)"
-        if RANK == 0 or code == 1:  # a UserError is the same for all
-            tqdm.write(f"drov.py: error: {says}", file=sys.stderr)
-        sys.exit(code)
+            carry_out(args)
+    except UserError as error:
+        says = " ".join(str(error).split())
+        if RANK == 0:
+            print(f"drov.py: error: {says}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if RANK == 0 and args:
+            print(f"drov.py: stopped: go on with --resume {args.output_dir}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
