@@ -11,7 +11,7 @@ wrote it, and its reward r. There are no pairs, no reward model, and no sampling
     where V*(x) = τ log E_{y ~ π_ref}[ exp(r(x, y)/τ) ]
 
 The logarithm of Eq. 2 is Eq. 3, which holds for every completion. So a policy π and a value V
-are fitted to it, on whatever completions the data have, by least squares:
+are fitted to it on the data, by least squares:
 
     r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)                              (Eq. 3)
     L(π, V) = ½ E[ (r(x, y) − V(x) − τ log π(y|x)/π_ref(y|x))² ]          (Eq. 4)
@@ -56,7 +56,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# =============================== Part I: the method ===============================
+# ================== Part I: the method ==================
 # It calls five functions of part II: log, save_json, save_whole, save_checkpoint, completion_end.
 
 # torchrun numbers the processes that it starts. One on its own is number 0 of 1.
@@ -82,10 +82,10 @@ def say(text):
         tqdm.write(text)
 
 
-def progress(items, work=""):
-    """The items, with a progress bar on a terminal if the work is named."""
-    is_quiet = RANK > 0 or not work or not sys.stderr.isatty()
-    return tqdm(items, work, disable=is_quiet, dynamic_ncols=True)
+def progress(items, work):
+    """The items, with a progress bar on a terminal."""
+    is_quiet = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(items, work, disable=is_quiet, leave=False)
 
 
 def gather(item):
@@ -102,12 +102,12 @@ def gather(item):
 def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
     """DRO-V's losses: (policy_loss, value_loss, residual). Eq. 4 is ½ mean(residual²).
 
-    The mean of policy_loss has the gradient Eq. 8 / (τB) in policy_logps, and none in values.
-    The mean of value_loss has the gradient Eq. 7 / B in values, and none in policy_logps.
+    The mean of policy_loss has the gradient Eq. 8 / (τB) in policy_logps, none in values. The
+    mean of value_loss has the gradient Eq. 7 / B in values, none in policy_logps.
     Raises ValueError if shapes differ: torch would silently make (B, B) of (B,) and (B, 1).
     """
     if not policy_logps.shape == ref_logps.shape == values.shape == rewards.shape:
-        raise ValueError(f"values {tuple(values.shape)}, rewards {tuple(rewards.shape)}")
+        raise ValueError(f"the shapes differ: values are {tuple(values.shape)}")
     log_ratio = policy_logps - ref_logps  # log π(y|x)/π_ref(y|x)
     residual = rewards - values - tau * log_ratio  # δ, which is 0 where Eq. 3 holds
     # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V, with π held fixed.
@@ -359,7 +359,7 @@ def micro_batches(rows, widths, max_tokens):
     return pieces
 
 
-# --- before the loop
+# --- the loop, and what is before it
 @dataclass
 class Run:
     """A run in memory."""
@@ -380,7 +380,7 @@ class Run:
 
 
 @torch.no_grad()
-def score(network, data, rows, args, work=""):
+def score(network, data, rows, args):
     """network(batch) of some rows, without gradients: (len(rows),), in all processes.
 
     network: a function from a batch to (B,), such as run.policy_logps or run.value_model.
@@ -388,15 +388,15 @@ def score(network, data, rows, args, work=""):
     scores = torch.zeros(len(rows))
     places = np.arange(len(rows))  # in `rows` and `scores`
     pieces = micro_batches(places, data.widths[rows], args.micro_batch_tokens)
-    for piece in progress(pieces, work):
+    for piece in progress(pieces, "Scoring"):
         with autocast(args):
             scores[piece] = network(data.batch(rows[piece])).cpu()
     return sum(gather(scores))  # A score is 0 in all processes but one.
 
 
-def score_log_ratios(run, data, rows, work=""):
-    """log π(y|x)/π_ref(y|x) of some rows: (len(rows),)."""
-    return score(run.policy_logps, data, rows, run.args, work) - data.ref_logps[rows]
+def score_log_ratios(run, data, rows):
+    """log π(y|x)/π_ref(y|x) of some rows, like `score`."""
+    return score(run.policy_logps, data, rows, run.args) - data.ref_logps[rows]
 
 
 def score_reference(run):
@@ -413,7 +413,7 @@ def score_reference(run):
                 rows = epoch_order(0, len(data.x), args.seed)[:num_visits]
             started = time.perf_counter()
             scored[name] = torch.full([len(data.x)], math.nan)
-            scored[name][rows] = score(run.policy_logps, data, rows, args, f"π_ref, {name}")
+            scored[name][rows] = score(run.policy_logps, data, rows, args)
             seconds = time.perf_counter() - started
             scored[f"{name}_seconds"] = torch.tensor(seconds)
         save_whole(file, lambda temporary: save_file(scored, temporary))
@@ -442,7 +442,6 @@ def make_networks(run):
     run.optimizer = torch.optim.Adafactor(groups, beta2_decay=-0.8, eps=(1e-15, 1e-3))
 
 
-# --- the loop
 def rate_factor(args, step):
     """What the learning rates are multiplied by in a step, which counts from 1."""
     warm = step / max(1, args.warmup_steps)
@@ -477,7 +476,7 @@ def train(run):
     for step in progress(range(run.step + 1, args.max_steps + 1), "Training steps"):
         started = time.perf_counter()
         rows = step_rows(step, len(data.x), args.train_batch_size, args.seed)
-        # KTO and DRO-P need means over the whole batch, which have no gradient.
+        # KTO and DRO-P need means over the whole batch, without gradients.
         if args.loss == "kto":
             mean_reward = data.rewards[rows].mean().item()
             mismatched = score_log_ratios(run, run.data["mismatched"], rows)
@@ -573,10 +572,10 @@ def evaluate(run):
     args = run.args
     data = run.data["eval"]
     rows = np.arange(len(data.x))
-    log_ratios = score_log_ratios(run, data, rows, "π on held-out rows")
+    log_ratios = score_log_ratios(run, data, rows)
     values = (data.rewards - args.tau * log_ratios).mean()
     if run.value_model:
-        values = score(run.value_model, data, rows, args, "V on held-out rows")
+        values = score(run.value_model, data, rows, args)
     metrics = row_metrics(log_ratios, data.rewards, values, args.tau)
     # By Eq. 3 these should be proportional. At step 0 the first is 0, and does not vary.
     sides = torch.stack([log_ratios, data.rewards - values])
@@ -643,7 +642,7 @@ def generate(run):
     return sum(line["finished"] for line in lines) / len(lines)
 
 
-# ============= Part II: files, tokens, checkpoints, dice, flags, and main =============
+# ========== Part II: what surrounds the method ==========
 @contextmanager
 def loading(source):
     """What a library raises within becomes a UserError that names the source."""
@@ -652,20 +651,29 @@ def loading(source):
     except UserError:
         raise
     except Exception as error:
-        says = f"cannot load {source}: {type(error).__name__}: {error}"[:500]
+        says = f"cannot use {source}: {type(error).__name__}: {error}"[:500]
         raise UserError(says) from error
 
 
 # --- reading: files to rows (dicts)
 def read_lines(path):
-    """Yield the lines of a UTF-8 file. Nothing but a line feed ends a line."""
+    """Yield the lines of a UTF-8 file, without its BOM. Only a line feed ends a line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield line.decode("utf-8-sig")  # without a byte order mark
+                yield line.decode("utf-8-sig")
             except UnicodeDecodeError:
-                says = f"{path}, line {number} is not UTF-8: save the file as UTF-8"
-                raise UserError(says)
+                raise UserError(f"{path}, line {number} is not UTF-8: save it as UTF-8")
+
+
+def as_chat(text, parse=json.loads):
+    """The list of chat messages that a text spells; None if it spells anything else."""
+    try:
+        found = parse(text.strip()) if text.lstrip().startswith("[") else None
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        return None
+    is_chat = found and all(isinstance(each, dict) and "role" in each for each in found)
+    return found if is_chat else None
 
 
 def read_csv(path):
@@ -675,7 +683,7 @@ def read_csv(path):
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise csv.Error("there are not as many fields as in the header")
+                raise csv.Error("not as many fields as in the header")
             for name, text in row.items():
                 row[name] = as_chat(text) or as_chat(text, ast.literal_eval) or text
             yield row
@@ -694,7 +702,8 @@ def read_json(path):
                 found = json.loads(text)
             except ValueError as error:
                 raise UserError(f"{place}: {error}")
-            for row in found if is_array else [found]:
+            rows = found if is_array else [found]
+            for row in rows:
                 require(isinstance(row, dict), f"{place}: {row!r:.50} is not a JSON object")
                 yield row
 
@@ -715,16 +724,6 @@ def read_rows(args):
 
 
 # --- reading: rows to triplets
-def as_chat(text, parse=json.loads):
-    """The list of chat messages that a text spells; None if it spells anything else."""
-    try:
-        found = parse(text.strip()) if text.lstrip().startswith("[") else None
-    except (ValueError, SyntaxError, TypeError, RecursionError):
-        return None
-    is_chat = found and all(isinstance(each, dict) and "role" in each for each in found)
-    return found if is_chat else None
-
-
 def read_text(text):
     """The text. Where a read_… function raises an error, an answer is dropped."""
     text.encode()  # Half an emoji raises an error, too.
@@ -743,7 +742,7 @@ def read_message(message):
 
 
 def read_prompt(prompt):
-    """A text, or a conversation as its JSON text. One user's turn is its text."""
+    """A text, or a conversation as its JSON text; but a single user's turn as its text."""
     if isinstance(prompt, str):
         prompt = as_chat(prompt) or [{"role": "user", "content": prompt}]
     turns = [read_message(turn) for turn in prompt]
@@ -764,14 +763,15 @@ def read_completion(completion):
 def read_reward(reward):
     """A finite number, from a number, a text, or a truth value."""
     text = str(reward).strip().lower()
-    number = float({"true": 1, "false": 0}.get(text, text))
+    number = float(text == "true") if text in ("true", "false") else float(text)
     require(math.isfinite(number), "not finite")
     return number
 
 
 def column(row, flag, *usual):
     """What a row has in the column that a flag names, else in the first usual one."""
-    for name in [flag] if flag else usual:
+    names = [flag] if flag else usual
+    for name in names:
         if name in row:
             value = row[name]
             return [value] if isinstance(value, dict) else value  # a message alone
@@ -782,10 +782,11 @@ def rated_answers(row, args):
     """Yield (prompt, completion, reward) of each answer in a row, as they stand."""
     prompt = column(row, args.prompt_key, "prompt", "instruction")
     completion_keys = (args.completion_key, "completion", "response")
+    # A row of UltraFeedback lists its answers. Any other row is its own answer.
     answers = [row]
     usual_reward = "reward"
     if isinstance(row.get("completions"), list) and column(row, *completion_keys) is None:
-        answers = row["completions"] or [None]  # UltraFeedback's rows
+        answers = row["completions"] or [None]
         usual_reward = "overall_score"
     for answer in answers:
         answer = answer if isinstance(answer, dict) else {}
@@ -829,7 +830,7 @@ def load_triplets(args, dropped=None):
 def render_chats(tokenizer, chats, date, **options):
     """Token ids of chats as the chat template renders them: a list of lists.
 
-    date: such as 2024-11-05. A template that would write today's writes that.
+    date: such as 2024-11-05, in the place of today's where a template calls strftime_now.
     """
     day = time.strptime(date, "%Y-%m-%d") if date else time.localtime()
     call = r"strftime_now\(\s*['\"](.*?)['\"]\s*\)"
@@ -842,7 +843,7 @@ def render_chats(tokenizer, chats, date, **options):
     with loading("the chat template"):
         rows = tokenizer.apply_chat_template(chats, **options)
         for i, chat in enumerate(chats):
-            # A control token that a text spells must stay text; but sanitising is slow.
+            # Sanitising, which is slow, keeps a control token that a text spells a text.
             texts = "".join(turn["content"] for turn in chat)
             if any(control in texts for control in controls):
                 options["sanitize_control_tokens"] = True
@@ -879,7 +880,7 @@ def encode_prompts(tokenizer, prompts, is_encoder_decoder, max_length, date=None
         special = special_ids(tokenizer)
         rows = []
         for ids in tokenizer(list(prompts), split_special_tokens=True).input_ids:
-            ends = (0, len(ids) - 1)
+            ends = (0, len(ids) - 1)  # where the tokenizer's own stand
             ids = [id for i, id in enumerate(ids) if i in ends or id not in special]
             if ids[-1] == tokenizer.eos_token_id and not is_encoder_decoder:
                 ids = ids[:-1]  # An end behind a text is for encoders alone.
@@ -897,9 +898,9 @@ def completion_end(tokenizer, is_encoder_decoder):
         with loading("the chat template"):
             text = tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False)
         behind = text.rpartition("Placeholder")[2]
-        for token in reversed(tokenizer(behind, add_special_tokens=False).input_ids):
-            if token in tokenizer.added_tokens_decoder:
-                end = token
+        ids = tokenizer(behind, add_special_tokens=False).input_ids
+        added = [token for token in ids if token in tokenizer.added_tokens_decoder]
+        end = added[0] if added else end
     require(end is not None, "the tokenizer has no end token: set its eos_token")
     return end
 
@@ -921,7 +922,7 @@ def encode_completions(tokenizer, completions, is_encoder_decoder, max_length):
         [prompt] = render_chats(tokenizer, [[user]], None, add_generation_prompt=True)
         chats = [[user, {"role": "assistant", "content": text}] for text in completions]
         for i, ids in enumerate(render_chats(tokenizer, chats, None)):
-            # Some templates write <think> into the prompt alone; then the text stands by itself.
+            # Some templates write <think> into the prompt alone: then the text's own ids stay.
             if ids[: len(prompt)] == prompt:
                 rows[i] = ids[len(prompt) :]
                 if end in rows[i]:
@@ -950,7 +951,7 @@ def load_policy(source, revision=None, seed=0):
         knows_words = tokenizer.decode(ids, skip_special_tokens=True).strip()
     require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}")
     require(knows_words, f"{source} has no tokenizer that knows a word: add its files")
-    if hasattr(tokenizer, "legacy"):  # It changes tokens, and transformers does not save it.
+    if hasattr(tokenizer, "legacy"):  # Llama's tokens depend on it, and it would not be saved.
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return policy.eval().to(DEVICE), tokenizer
 
@@ -1003,7 +1004,7 @@ def load_data(args, tokenizer, is_encoder_decoder):
     triplets = load_triplets(args, dropped)
     settings = {name: getattr(args, name) for name in SPLIT_FLAGS}
     prompts = {prompt for prompt, _, _ in triplets}
-    train_prompts, fold_of = split_prompts(prompts, args.split_mode, **settings)
+    _, fold_of = split_prompts(prompts, args.split_mode, **settings)
     train = [triplet for triplet in triplets if triplet[0] not in fold_of]
     held_out = [triplet for triplet in triplets if triplet[0] in fold_of]
     # The paper's "mean 0 and variance 1". No held-out reward leaks into it.
@@ -1022,12 +1023,12 @@ def load_data(args, tokenizer, is_encoder_decoder):
     data["eval"], _, eval_sha256 = make_rows(*terms, held_out, mean, std)
     if args.dataset_name == "dice":
         data["rolls"], _, _ = make_rows(*terms, every_roll(fold_of), mean, std)
-    if args.loss == "kto":  # As in KTO's own code, a few rows are their own partners.
+    if args.loss == "kto":  # Each prompt gets another row's completion (a few, their own).
         partners = np.random.default_rng(args.seed).permutation(len(train))
         completions = [data["train"].y[row] for row in partners]
         data["mismatched"] = replace(data["train"], y=completions)
     manifest = {name: getattr(args, name) for name in (*DATA_FLAGS, *SPLIT_FLAGS)}
-    manifest.update(train_rows=len(train), train_prompts=len(train_prompts))
+    manifest.update(train_rows=len(train), train_prompts=len({prompt for prompt, _, _ in train}))
     manifest.update(eval_rows=len(held_out), eval_prompts=len(fold_of))
     manifest.update(reward_mean=mean, reward_min=float(raw.min()))
     manifest.update(reward_std=std, reward_max=float(raw.max()))
@@ -1042,7 +1043,7 @@ def load_data(args, tokenizer, is_encoder_decoder):
 
 # --- a run on disk
 # A file is whole or not there, so a kill loses only what came after a checkpoint. metrics.jsonl
-# grows, but --resume takes the checkpoint's; and the policy counts when results.json is there.
+# grows, but --resume takes the checkpoint's. The policy counts when results.json is there.
 def save_whole(path, write):
     """write(temporary) makes a file or folder, which is renamed to `path` when it is whole."""
     if RANK == 0:
@@ -1144,7 +1145,7 @@ def every_roll(prompts):
 def dice_reference(run):
     """Make π_ref, and keep it in RUN/sft: train the policy by maximum likelihood on fair rolls.
 
-    They answer all prompts: π_ref is given, and not learnt from the split.
+    The rolls answer all prompts, for π_ref is given, and not learnt from the split.
     """
     folder = Path(run.args.output_dir, "sft")
     if not folder.exists():
@@ -1168,8 +1169,7 @@ def dice_report(run):
     """Compare π_θ with π_ref and the optimum π*, over every valid roll: results.json's part."""
     tau = run.args.tau
     data = run.data["rolls"]
-    all_rows = np.arange(len(data.x))
-    logps = score(run.policy_logps, data, all_rows, run.args)
+    logps = score(run.policy_logps, data, np.arange(len(data.x)), run.args)
     rows_of = defaultdict(list)
     for row, prompt in enumerate(data.prompts):
         rows_of[prompt].append(row)
@@ -1216,7 +1216,7 @@ PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # corrects some ov
 # fmt: off
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
-    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # Mass leaks if V is slower.
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # as slow as π, V lets mass leak
     "lr_scheduler_type": "linear", "warmup_steps": 60, "max_steps": 300, "bf16": False,
     "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "max_new_tokens": 8,
     "logging_steps": 50, "save_steps": 300,
@@ -1225,7 +1225,7 @@ MAY_BE_0 = (
     "seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature", "learning_rate",
     "value_learning_rate",
 )
-# --resume may change these, while the batch, the product of its factors, stays.
+# What --resume may change. (train_batch_size, the product of the batch's factors, must stay.)
 FREE = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "resume",
     "micro_batch_tokens", "save_total_limit",
@@ -1287,7 +1287,7 @@ def make_parser():
     add("--max_steps", 40000, "Steps. With 0 it evaluates and answers.")
     add("--max_grad_norm", None, "Clip each network's gradient to it.", type=float)
     add("--per_device_train_batch_size", 32, "Triplets a step, for each process.")
-    add("--gradient_accumulation_steps", 1, "A factor of that number.")
+    add("--gradient_accumulation_steps", 1, "Multiplies that number.")
     tokens = 8192 if has_gpu else 640
     add("--micro_batch_tokens", tokens, "Padded tokens at once, at most.")
     add("--logging_steps", 10, "Steps between two log lines.")
@@ -1304,20 +1304,21 @@ def check_args(args, saved):
         if type(value) in (int, float):
             in_range = 0 < value < 2**32 or (value == 0 and name in MAY_BE_0)
             require(in_range, f"--{name} {value} is out of range")
-        is_same = name in FREE or value == saved.get(name, value)
-        require(is_same, f"{name} was {saved.get(name)}: start a new run for {value}")
+        if name in saved and name not in FREE:
+            says = f"{name} was {saved[name]}: start a new run for {value}"
+            require(value == saved[name], says)
     if args.split_mode == "prompt_seeded" and args.eval_fold_index != 0:
         raise UserError("--eval_fold_index goes with --split_mode prompt_fold")
-    if args.loss == "kto" and (args.value != "prompt" or args.share_policy_and_value_backbone):
-        raise UserError("--value and --share_policy_and_value_backbone do not go with --loss kto")
+    if args.loss == "kto" and args.value != "prompt":
+        raise UserError("--loss kto has no V: leave out --value")
     if args.train_batch_size == 1 and (args.loss == "kto" or args.value == "batch"):
-        raise UserError("one row has no mean to compare it to: raise --per_device_train_batch_size")
+        raise UserError("a batch of one row has no mean: raise --per_device_train_batch_size")
 
 
 def parse_args(argv=None):
     """Flags to a Namespace. --resume, --dice, --overfit_one_batch change other defaults."""
     parser = make_parser()
-    typed = parser.parse_args(argv)
+    typed = parser.parse_args(argv)  # to see which defaults change; what is typed wins
     saved = {}
     if typed.resume:
         with loading(f"--resume {typed.resume} (is it a run's folder?)"):
@@ -1330,7 +1331,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.overfit_one_batch:
         args.max_steps = args.overfit_steps
-    args.date = saved.get("date", time.strftime("%Y-%m-%d"))  # for chat templates
+    args.date = saved.get("date", time.strftime("%Y-%m-%d"))
     args.model_revision = args.model_revision or PINNED.get(args.model_name_or_path)
     args.dataset_revision = args.dataset_revision or PINNED.get(args.dataset_name)
     args.train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -1379,14 +1380,17 @@ def begin(args, newest):
 
 
 def carry_out(args):
-    """A run, from its start or its newest checkpoint; and the names of what it writes."""
+    """A run, from its start or its newest checkpoint. Comments name the files it writes."""
     folder = Path(args.output_dir)
-    step, newest = ([(0, None)] + checkpoints(folder))[-1]
+    newest = None
+    step = 0
+    for step, newest in checkpoints(folder):
+        pass  # The last one is the newest.
     run = begin(args, newest)  # args.json, prompt_split_manifest.json
     run.step = step
     if RANK == 0 and args.resume:
-        for leftover in folder.glob(".*.tmp"):  # of a kill
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in folder.glob(".checkpoint-*.tmp"):  # of a kill
+            shutil.rmtree(leftover)
         if newest is None:
             (folder / "metrics.jsonl").unlink(missing_ok=True)
     if args.model_name_or_path == "dice" and newest is None:
@@ -1406,7 +1410,7 @@ def carry_out(args):
     if "rolls" in run.data:
         results.update(dice_report(run))
     if RANK == 0:
-        save_networks(run, folder)
+        save_networks(run, folder)  # the policy, value_model.safetensors
     save_json(folder / "results.json", results, indent=2)  # Now the run is finished.
     say(f"The policy and its results are in {folder}.")
 
@@ -1417,7 +1421,7 @@ def main(argv=None):
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, where it is not bfloat16
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     args = None
     try:
         if WORLD_SIZE > 1 and not dist.is_initialized():
