@@ -10,8 +10,8 @@ wrote it, and its reward r. There are no pairs, no reward model, and no sampling
     π*(y|x) = π_ref(y|x) exp(r(x, y)/τ) / exp(V*(x)/τ),                   (Eq. 2)
     where V*(x) = τ log E_{y ~ π_ref}[ exp(r(x, y)/τ) ]
 
-The logarithm of Eq. 2 is Eq. 3, which holds for every completion. So a policy π and a value V
-are fitted to it on the data, by least squares:
+In logarithms, Eq. 2 says that at (π*, V*) Eq. 3 holds for every completion. So a policy π and a
+value V are fitted to Eq. 3 on the data, by least squares:
 
     r(x, y) − V(x) = τ log π(y|x)/π_ref(y|x)                              (Eq. 3)
     L(π, V) = ½ E[ (r(x, y) − V(x) − τ log π(y|x)/π_ref(y|x))² ]          (Eq. 4)
@@ -21,7 +21,7 @@ Commands to paste:
     python drov.py --dataset_name mine.jsonl --num_eval_prompts 50  # your own ratings
     python drov.py --split_mode prompt_fold --eval_fold_index 0  # the paper's T5-L run
 
-Where the paper is silent or contradicts itself, these decisions matter most:
+Where the paper is silent or contradicts itself, this file decides:
  1. The policy's gradient is Eq. 8 divided by τ, which Algorithm 1 misprints.
  2. The mean and standard deviation that normalise rewards are those of the training rows.
  3. V is a copy of π_ref (or of its encoder), with a linear output that starts at 0.
@@ -113,8 +113,8 @@ def dro_v_loss(policy_logps, ref_logps, values, rewards, tau):
     # Eq. 7: ∇_φ = (V − r + τ log π/π_ref) ∇V = −δ ∇V, with π held fixed.
     value_loss = 0.5 * (rewards - values - tau * log_ratio.detach()).square()
     # Eq. 8: ∇_θ = −τ [(r − V) ∇log π − (τ/2) ∇(log π/π_ref)²] = −τ δ ∇log π, with V held fixed,
-    # for ∇(log π/π_ref)² = 2 log π/π_ref ∇log π. The paper divides it by τ. (Adafactor cancels
-    # that, unless gradients are clipped or the two networks share a body.)
+    # for ∇(log π/π_ref)² = 2 log π/π_ref ∇log π. The paper divides it by τ, lest a small τ shrink
+    # it. (Adafactor cancels that, unless gradients are clipped or the body is shared.)
     policy_loss = 0.5 * (rewards - values.detach() - tau * log_ratio).square() / tau
     return policy_loss, value_loss, residual
 
@@ -264,7 +264,7 @@ def split_prompts(
         for prompt in order[fold * size : (fold + 1) * size]:
             fold_of[prompt] = fold
     train = [prompt for prompt in order if prompt not in fold_of]
-    says = f"{len(order)} prompts are too few to hold out {num_folds} times {size}, and to train"
+    says = f"{len(order)} prompts are too few for {num_folds} fold(s) of {size}, and for training"
     flag = "--num_eval_prompts" if mode == "prompt_seeded" else "--eval_prompts_per_fold"
     require(num_folds * size <= len(order) and train, f"{says}: lower {flag}")
     return train, fold_of
@@ -359,7 +359,7 @@ def micro_batches(rows, widths, max_tokens):
     return pieces
 
 
-# --- the loop, and what is before it
+# --- the loop
 @dataclass
 class Run:
     """A run in memory."""
@@ -546,7 +546,7 @@ def row_metrics(log_ratios, rewards, values, tau):
 
 
 def log_training(run, window):
-    """Log means over the rows and the steps of a window, from all processes."""
+    """Log the numbers of a window, from all processes."""
     own = {name: torch.cat(tensors).cpu() for name, tensors in window.items()}
     parts = gather(own)
     pooled = {name: torch.cat([part[name] for part in parts]) for name in own}
@@ -577,7 +577,7 @@ def evaluate(run):
     if run.value_model:
         values = score(run.value_model, data, rows, args)
     metrics = row_metrics(log_ratios, data.rewards, values, args.tau)
-    # By Eq. 3 these should be proportional. At step 0 the first is 0, and does not vary.
+    # By Eq. 3 these are proportional. At step 0 the first does not vary.
     sides = torch.stack([log_ratios, data.rewards - values])
     if (sides.std(dim=1, correction=0) > 1e-3).all():
         metrics["reward_correlation"] = sides.corrcoef()[0, 1]
@@ -601,7 +601,7 @@ def sample_answers(run, prompts, end_tokens):
         config.decoder_start_token_id = start.item()
     ids = [torch.from_numpy(prompt).long() for prompt in prompts]
     ids = nn.utils.rnn.pad_sequence(ids, True, -100, padding_side=side).to(DEVICE)
-    # transformers would take what this config leaves open from the model's own.
+    # transformers fills in what a config lacks from the model's own.
     own_config = policy.generation_config
     policy.generation_config = config
     with torch.no_grad(), autocast(args):
@@ -725,14 +725,14 @@ def read_rows(args):
 
 # --- reading: rows to triplets
 def read_text(text):
-    """The text. Where a read_… function raises an error, an answer is dropped."""
+    """The text. An error in this and the next four functions drops an answer."""
     text.encode()  # Half an emoji raises an error, too.
     require(text.strip(), "empty")
     return text
 
 
 def read_message(message):
-    """A chat message with its content as one text. It may be a list of text parts."""
+    """A chat message with its content, which may be a list of text parts, as one text."""
     content = message["content"]
     if isinstance(content, list):
         require(all(part["type"] == "text" for part in content), "not text alone")
@@ -748,7 +748,9 @@ def read_prompt(prompt):
     turns = [read_message(turn) for turn in prompt]
     last = turns[-1]["content"]
     require(turns[-1]["role"] == "user" and last.strip(), "nothing to answer")
-    return read_text(last.strip() if len(turns) == 1 else json.dumps(turns, ensure_ascii=False))
+    if len(turns) == 1:
+        return read_text(last.strip())
+    return read_text(json.dumps(turns, ensure_ascii=False))
 
 
 def read_completion(completion):
@@ -782,7 +784,7 @@ def rated_answers(row, args):
     """Yield (prompt, completion, reward) of each answer in a row, as they stand."""
     prompt = column(row, args.prompt_key, "prompt", "instruction")
     completion_keys = (args.completion_key, "completion", "response")
-    # A row of UltraFeedback lists its answers. Any other row is its own answer.
+    # UltraFeedback's rows list answers. Any other row is its own answer.
     answers = [row]
     usual_reward = "reward"
     if isinstance(row.get("completions"), list) and column(row, *completion_keys) is None:
@@ -843,7 +845,7 @@ def render_chats(tokenizer, chats, date, **options):
     with loading("the chat template"):
         rows = tokenizer.apply_chat_template(chats, **options)
         for i, chat in enumerate(chats):
-            # Sanitising, which is slow, keeps a control token that a text spells a text.
+            # A text may spell a control token: sanitised, which is slow, it stays text.
             texts = "".join(turn["content"] for turn in chat)
             if any(control in texts for control in controls):
                 options["sanitize_control_tokens"] = True
@@ -852,7 +854,7 @@ def render_chats(tokenizer, chats, date, **options):
 
 
 def special_ids(tokenizer):
-    """Special tokens, which T5's tokenizer makes of a text that spells them."""
+    """The special tokens. (T5's tokenizer makes them even of a text that spells them.)"""
     return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
@@ -1060,7 +1062,7 @@ def save_json(path, *objects, indent=None):
 
 
 def log(run, metrics):
-    """Add a line to metrics.jsonl, and say it. Raises UserError for NaN or infinity."""
+    """Add a line to metrics.jsonl, and say it. Raises UserError for NaN."""
     line = {"step": run.step} | {name: float(number) for name, number in metrics.items()}
     says = ", ".join(f"{name} {number:.4g}" for name, number in line.items())
     is_finite = all(math.isfinite(number) for number in line.values())
@@ -1183,11 +1185,11 @@ def dice_report(run):
         optimum = tilted.log_softmax(0)  # Eq. 2
         log_p = torch.stack([ref, logps[rows].double(), optimum])
         valid_mass = log_p.exp().sum(1)
-        log_p = log_p.log_softmax(1)  # given a valid roll
-        p = log_p.exp()
-        kl = (p * (log_p - log_p[0])).sum(1)
-        outcomes.append(torch.stack([p @ rewards, kl, valid_mass], dim=1))
-    say(f"\nMeans over {len(rows_of)} held-out prompts of at most three dice:")
+        log_q = log_p.log_softmax(1)  # given a valid roll
+        q = log_q.exp()
+        kl = (q * (log_q - log_q[0])).sum(1)
+        outcomes.append(torch.stack([q @ rewards, kl, valid_mass], dim=1))
+    say(f"\nMeans over {len(rows_of)} held-out prompts of up to three dice, given a valid roll:")
     say(f"{'':<8}{'mean reward':>12}{'KL':>9}{'objective':>11}{'valid mass':>12}")
     results = {"tau": tau}
     names = {"sft": "π_ref", "policy": "π_θ", "optimum": "π*"}
@@ -1216,7 +1218,7 @@ PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # corrects some ov
 # fmt: off
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
-    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # as slow as π, V lets mass leak
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # Mass leaks if V is as slow as π.
     "lr_scheduler_type": "linear", "warmup_steps": 60, "max_steps": 300, "bf16": False,
     "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "max_new_tokens": 8,
     "logging_steps": 50, "save_steps": 300,
@@ -1234,7 +1236,7 @@ FREE = (
 
 
 def make_parser():
-    """The flags. The defaults are those of the paper's T5-L run."""
+    """The flags. What the paper says of T5-L is the default."""
     parser = argparse.ArgumentParser("drov.py", allow_abbrev=False)
     parser.error = lambda message: require(False, message)  # one line, without the usage
     path = os.path.expanduser
@@ -1312,13 +1314,13 @@ def check_args(args, saved):
     if args.loss == "kto" and args.value != "prompt":
         raise UserError("--loss kto has no V: leave out --value")
     if args.train_batch_size == 1 and (args.loss == "kto" or args.value == "batch"):
-        raise UserError("a batch of one row has no mean: raise --per_device_train_batch_size")
+        raise UserError("this loss needs several rows: raise --per_device_train_batch_size")
 
 
 def parse_args(argv=None):
     """Flags to a Namespace. --resume, --dice, --overfit_one_batch change other defaults."""
     parser = make_parser()
-    typed = parser.parse_args(argv)  # to see which defaults change; what is typed wins
+    typed = parser.parse_args(argv)  # to see which of the others' defaults change
     saved = {}
     if typed.resume:
         with loading(f"--resume {typed.resume} (is it a run's folder?)"):
@@ -1400,7 +1402,7 @@ def carry_out(args):
     if newest:
         load_checkpoint(run, newest)
     else:
-        evaluate(run)
+        evaluate(run)  # metrics.jsonl
         finished = generate(run)  # generations-0.jsonl
     train(run)  # metrics.jsonl, checkpoint-<step>
     if run.step > 0:
@@ -1440,7 +1442,7 @@ def main(argv=None):
             print(f"drov.py: error: {says}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        if RANK == 0 and args:
+        if RANK == 0 and args and os.path.exists(args.output_dir):
             print(f"drov.py: stopped: go on with --resume {args.output_dir}", file=sys.stderr)
         sys.exit(130)
 
