@@ -163,7 +163,7 @@ def float32_head(model, is_selected):
         with torch.autocast(DEVICE.type, enabled=False):
             return nn.functional.linear(states[is_selected].float(), head.weight, head.bias)
 
-    head.forward = forward  # It hides the method of head's class, until it is deleted.
+    head.forward = forward  # It hides head's own method, until it is deleted.
     try:
         yield
     finally:
@@ -1218,7 +1218,7 @@ PINNED[DATASET] = "40b436560ca83a8dba36114c22ab3c66e43f6d5e"  # corrects some ov
 # fmt: off
 DICE = {
     "dataset_name": "dice", "model_name_or_path": "dice", "num_eval_prompts": 40,
-    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # Mass leaks if V is as slow as π.
+    "learning_rate": 3e-3, "value_learning_rate": 3e-2,  # A slow V lets mass leak.
     "lr_scheduler_type": "linear", "warmup_steps": 60, "max_steps": 300, "bf16": False,
     "per_device_train_batch_size": 64, "micro_batch_tokens": 4096, "max_new_tokens": 8,
     "logging_steps": 50, "save_steps": 300,
