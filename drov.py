@@ -30,6 +30,7 @@ Left out are LoRA, sharding, dropout, and a copy of π_ref in memory.
 
 import argparse
 import ast
+import atexit
 import copy
 import csv
 import itertools
@@ -85,7 +86,7 @@ def say(text):
 def progress(items, work):
     """The items, with a progress bar on a terminal."""
     is_quiet = RANK > 0 or not sys.stderr.isatty()
-    return tqdm(items, work, disable=is_quiet, leave=False)
+    return tqdm(items, work, disable=is_quiet)
 
 
 def gather(item):
@@ -213,7 +214,7 @@ class ValueModel(nn.Module):
             body = policy.get_encoder() if self.is_encoder_decoder else policy.base_model
             self.body = body if shared else copy.deepcopy(body)
             width = body.get_input_embeddings().weight.shape[1]
-            layer = torch.randn(width) * width**-0.5  # the usual size
+            layer = torch.randn(width) * width**-0.5
         self.head = nn.Parameter(torch.stack([layer, layer]))  # (2, width)
 
     def forward(self, batch):
@@ -372,7 +373,7 @@ class Run:
     manifest: dict  # what the data are
     step: int = 0  # the last step that was done
     value_model: ValueModel | None = None  # V, if the loss has one
-    optimizer: torch.optim.Optimizer | None = None  # of both networks
+    optimizer: torch.optim.Optimizer | None = None
 
     def policy_logps(self, batch):
         """log π(y|x): (B,)."""
@@ -823,7 +824,7 @@ def load_triplets(args, dropped=None):
                 dropped[cause] += 1
     says = f"{len(triplets)} triplets from {args.dataset_name}, dropped: {dict(dropped)}"
     flags = "--prompt_key, --completion_key and --reward_key"
-    require(triplets, f"{says}. The columns are {columns}: choose among them by {flags}")
+    require(triplets, f"{says}. The columns are {columns}: name yours by {flags}")
     say(says)
     return triplets
 
@@ -1227,7 +1228,7 @@ MAY_BE_0 = (
     "seed", "eval_fold_index", "warmup_steps", "max_steps", "temperature", "learning_rate",
     "value_learning_rate",
 )
-# What --resume may change. (train_batch_size, the product of the batch's factors, must stay.)
+# What --resume may change, but not train_batch_size, the product of the batch's factors.
 FREE = (
     "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "resume",
     "micro_batch_tokens", "save_total_limit",
@@ -1318,9 +1319,9 @@ def check_args(args, saved):
 
 
 def parse_args(argv=None):
-    """Flags to a Namespace. --resume, --dice, --overfit_one_batch change other defaults."""
+    """Flags to a Namespace. --resume, --dice, --overfit_one_batch change others' defaults."""
     parser = make_parser()
-    typed = parser.parse_args(argv)  # to see which of the others' defaults change
+    typed = parser.parse_args(argv)  # to see which defaults change
     saved = {}
     if typed.resume:
         with loading(f"--resume {typed.resume} (is it a run's folder?)"):
@@ -1372,7 +1373,7 @@ def begin(args, newest):
     if RANK == 0 and not args.resume:
         with loading(f"--output_dir {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "args.json", "x") as new:  # never over another run's
+            with open(folder / "args.json", "x") as new:  # never over another
                 new.write(json.dumps(vars(args), indent=2))
     if not is_known:
         save_json(file, manifest, indent=2)
@@ -1431,6 +1432,7 @@ def main(argv=None):
                 torch.cuda.set_device(DEVICE)
             with loading("the other processes (use torchrun, or unset WORLD_SIZE)"):
                 dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
         args = gather(parse_args(argv))[0]  # The folder's name may hold the time.
         if args.resume and Path(args.resume, "results.json").exists():
             say(f"{args.resume} is finished: see its results.json.")
