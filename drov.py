@@ -153,7 +153,7 @@ transformers.activations.NewGELUActivation.forward = lambda _, x: nn.functional.
 
 
 def autocast(args):
-    """A context in which products are computed in bfloat16, with --bf16."""
+    """A context for products in bfloat16, with --bf16."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16)
 
 
@@ -183,7 +183,7 @@ def sequence_logps(model, batch):
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
     if model.config.is_encoder_decoder:
         inputs["attention_mask"] = batch["attention_mask"]
-        # The decoder reads the labels behind a start token, so that it has read y_<t at place t.
+        # The decoder reads the labels behind a start token, and at place t has read y_<t.
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
         targets = labels
     else:
@@ -236,7 +236,7 @@ class ValueModel(nn.Module):
         else:
             is_completion = batch["labels"] != -100
             lengths = batch["attention_mask"].sum(-1) - is_completion.sum(-1)  # (B,) of prompts
-            ids = ids[:, : lengths.max()]  # A causal state knows nothing of what comes behind it.
+            ids = ids[:, : lengths.max()]  # A causal state knows nothing of what is behind.
             states = self.body(input_ids=ids, use_cache=False).last_hidden_state
             states = states[torch.arange(len(ids), device=ids.device), lengths - 1].float()
         with torch.autocast(DEVICE.type, enabled=False):
@@ -291,8 +291,8 @@ class Rows:
     def __post_init__(self):
         lengths = [[len(x), len(y)] for x, y in zip(self.x, self.y)]
         self.lengths = np.array(lengths)  # (N, 2)
-        # What is padded: prompts and completions apart, or, decoder-only, both in a row.
-        self.widths = self.lengths  # (N, 2)
+        # What is padded: prompts and completions apart, or, decoder-only, in a row.
+        self.widths = self.lengths
         if not self.is_encoder_decoder:
             self.widths = self.lengths.sum(axis=1, keepdims=True)  # (N, 1)
 
@@ -454,7 +454,7 @@ def rate_factor(args, step):
     warm = step / max(1, args.warmup_steps)
     if args.lr_scheduler_type == "constant_with_warmup":
         return min(1.0, warm)
-    end = args.max_steps + 1  # Here it is 0.
+    end = args.max_steps + 1
     return min(1.0, warm, (end - step) / max(1, end - args.warmup_steps))
 
 
@@ -530,7 +530,6 @@ def train(run):
             save_checkpoint(run)
 
 
-# --- numbers and answers
 def row_metrics(log_ratios, rewards, values, tau):
     """What is logged of rows in training and in evaluation. log_ratios, rewards: (N,).
 
@@ -692,7 +691,8 @@ def read_csv(path):
             if None in row or None in row.values():
                 raise csv.Error("not as many fields as in the header")
             for name, text in row.items():
-                row[name] = as_chat(text) or as_chat(text, ast.literal_eval) or text
+                python = text.replace("}\n {", "}, {")  # for numpy's repr
+                row[name] = as_chat(text) or as_chat(python, ast.literal_eval) or text
             yield row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.reader.line_num}: {error}")
@@ -723,7 +723,7 @@ def read_rows(args):
             yield from dice_rolls(args.seed)
         elif name.endswith(".csv"):
             yield from read_csv(name)
-        elif os.path.isfile(name):
+        elif os.path.isfile(name) or name.endswith((".json", ".jsonl")):
             yield from read_json(name)
         else:
             options = {"split": args.dataset_split, "revision": args.dataset_revision}
@@ -941,7 +941,7 @@ def encode_completions(tokenizer, completions, is_encoder_decoder, max_length):
 
 # --- the data of a run
 def load_policy(source, revision=None, seed=0):
-    """(model, tokenizer), in float32, without dropout; "dice" is a tiny T5."""
+    """(model, tokenizer) in float32, without dropout. "dice" is a tiny T5."""
     if source == "dice":
         torch.manual_seed(seed)
         sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2}
@@ -1356,7 +1356,7 @@ def begin(args, newest):
     """Load and check everything, then write: a Run. newest: a checkpoint, or None."""
     folder = Path(args.output_dir)
     is_taken = folder.is_file() or any(folder.glob("*"))
-    says = f"--output_dir {folder} is not an empty folder: choose another"
+    says = f"--output_dir {folder} is not an empty folder: take another"
     require(args.resume or not is_taken, says)
     source = newest or args.model_name_or_path
     policy, tokenizer = load_policy(source, args.model_revision, args.seed)
@@ -1426,7 +1426,7 @@ def carry_out(args):
 
 def main(argv=None):
     """The program. It exits with 2 for a UserError, and with 130 for Ctrl-C."""
-    logging.disable(logging.WARNING)  # of all libraries
+    logging.disable(logging.WARNING)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
@@ -1441,7 +1441,7 @@ def main(argv=None):
             atexit.register(dist.destroy_process_group)
         args = gather(parse_args(argv))[0]  # The folder's name may hold the time.
         if args.resume and Path(args.resume, "results.json").exists():
-            say(f"{args.resume} is finished: see its results.json.")
+            say(f"{args.resume} is finished: see results.json.")
         else:
             carry_out(args)
     except UserError as error:
