@@ -591,7 +591,7 @@ def evaluate(run):
 
 
 def sample_answers(run, prompts, end_tokens):
-    """Sample an answer to each prompt: lists of token ids, with padding behind their ends."""
+    """Sample an answer to each prompt: lists of token ids, padded behind their ends."""
     args = run.args
     policy = run.policy
     config = transformers.GenerationConfig(do_sample=args.temperature > 0, top_k=0)
@@ -788,7 +788,7 @@ def column(row, flag, *usual):
 
 
 def rated_answers(row, args):
-    """Yield (prompt, completion, reward) of each answer in a row, as they stand."""
+    """Yield (prompt, completion, reward) of each answer in a row."""
     prompt = column(row, args.prompt_key, "prompt", "instruction")
     completion_keys = (args.completion_key, "completion", "response")
     # UltraFeedback's rows list answers. Any other row is its own answer.
@@ -884,7 +884,7 @@ def encode_prompts(tokenizer, prompts, is_encoder_decoder, max_length, date=None
             chats[i] = chats[i] or [{"role": "user", "content": prompt}]
         rows = render_chats(tokenizer, chats, date, add_generation_prompt=True)
     else:
-        says = "conversations need a --model_name_or_path with a decoder alone and a chat template"
+        says = "conversations need a decoder-only model with a chat template"
         require(not any(chats), says)
         special = special_ids(tokenizer)
         rows = []
@@ -959,7 +959,7 @@ def load_policy(source, revision=None, seed=0):
         ids = tokenizer("abc", add_special_tokens=False).input_ids
         knows_words = tokenizer.decode(ids, skip_special_tokens=True).strip()
     require(not info["missing_keys"], f"{source} lacks weights: {info['missing_keys']}")
-    require(knows_words, f"{source} has no tokenizer that knows a word: add its files")
+    require(knows_words, f"{source} has no usable tokenizer: add its files")
     if hasattr(tokenizer, "legacy"):  # Llama's tokens depend on it, and it would not be saved.
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return policy.eval().to(DEVICE), tokenizer
@@ -1021,7 +1021,7 @@ def load_data(args, tokenizer, is_encoder_decoder):
     mean = float(raw.mean())
     std = float(raw.std())
     differ = std > 1e-12 * np.abs(raw).max()
-    says = f"all training rewards are {mean:.6g}: choose another --reward_key or --seed"
+    says = f"all training rewards are {mean:.6g}: take another --reward_key or --seed"
     require(differ, says)
     if args.overfit_one_batch:
         first_rows = epoch_order(0, len(train), args.seed)[: args.train_batch_size]
@@ -1115,7 +1115,7 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(run, path):
-    """Go on with a checkpoint's V, optimiser and log. `begin` has loaded its policy."""
+    """Take a checkpoint's V, optimiser and log. `begin` has loaded its policy."""
     with loading(path):
         if run.value_model:
             load_model(run.value_model, path / "value_model.safetensors")
@@ -1308,7 +1308,7 @@ def make_parser():
 
 
 def check_args(args, saved):
-    """Refuse numbers out of range, and flags that contradict each other or the saved ones."""
+    """Refuse numbers out of range, flags that contradict each other or the saved ones."""
     for name, value in vars(args).items():
         if type(value) in (int, float):
             in_range = 0 < value < 2**32 or (value == 0 and name in MAY_BE_0)
@@ -1384,7 +1384,7 @@ def begin(args, newest):
     if not is_known:
         save_json(file, manifest, indent=2)
     elif json.loads(file.read_text("utf-8")) != json.loads(json.dumps(manifest)):
-        raise UserError(f"the data or their tokens are not those of {file}: start a new run")
+        raise UserError(f"the data are not those of {file}: start a new run")
     return Run(args, tokenizer, policy, data, fold_of, manifest)
 
 
@@ -1440,6 +1440,8 @@ def main(argv=None):
                 dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
             atexit.register(dist.destroy_process_group)
         args = gather(parse_args(argv))[0]  # The folder's name may hold the time.
+        if args.dice:
+            torch.set_num_threads(1)  # Its model is tiny.
         if args.resume and Path(args.resume, "results.json").exists():
             say(f"{args.resume} is finished: see results.json.")
         else:
