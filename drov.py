@@ -146,7 +146,9 @@ def kto_loss(policy_logps, ref_logps, desirable, kl, beta):
 #  - Encoder-decoder: `input_ids`, `attention_mask` (B, S) are prompts, `labels` (B, T) completions.
 #  - Decoder-only: all three (B, T) are prompt and completion in a row; prompts' labels are −100.
 # `rewards` and `ref_logps` are (B,).
-# The same activation in one piece, faster:
+
+
+# T5's activation, computed in one piece: the same function, but faster.
 transformers.activations.NewGELUActivation.forward = lambda _, x: nn.functional.gelu(
     x, approximate="tanh"
 )
@@ -500,6 +502,7 @@ def train(run):
                 if args.loss == "kto":
                     desirable = rewards > mean_reward + 1e-6  # by more than rounding
                     losses = kto_loss(logps, ref_logps, desirable, kl, args.tau)
+                    window["loss"].append(losses.detach())
                 elif args.value == "batch":
                     losses = dro_p_loss(logps, ref_logps, rewards, mean_u, args.tau)
                 else:
@@ -511,7 +514,6 @@ def train(run):
                     losses = policy_loss + value_loss
             # Gradients of pieces and processes add up to that of the whole batch's mean.
             (losses.sum() / len(rows)).backward()
-            window["loss"].append(losses.detach())
             window["log_ratios"].append(logps.detach() - ref_logps)
             window["rewards"].append(rewards)
             window["tokens"].append(torch.from_numpy(data.lengths[piece].sum(axis=1)))
@@ -1391,10 +1393,7 @@ def begin(args, newest):
 def carry_out(args):
     """A run, from its start or its newest checkpoint. Comments name the files it writes."""
     folder = Path(args.output_dir)
-    newest = None
-    step = 0
-    for step, newest in checkpoints(folder):
-        pass  # The last one is the newest.
+    step, newest = max(checkpoints(folder), default=(0, None))
     run = begin(args, newest)  # args.json, prompt_split_manifest.json
     run.step = step
     if RANK == 0 and args.resume:
