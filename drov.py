@@ -210,7 +210,7 @@ class ValueModel(nn.Module):
 
     The output is the difference of two equal layers. So V starts at 0, as log π/π_ref does, and
     moves, since their gradients are opposite. Zeros would start there, too, but Adafactor moves a
-    parameter in proportion to its size. One random layer would start far from 0.
+    parameter in proportion to its size.
     """
 
     def __init__(self, policy, shared=False):
@@ -544,7 +544,6 @@ def row_metrics(log_ratios, rewards, values, tau):
         "residual_mean": residual.mean(),
         "residual_std": residual.std(correction=0),
         # If it keeps falling, mass leaks to texts outside the data, which Eq. 4 does not see.
-        # A V that learns faster helps: --value_learning_rate.
         "log_ratio_mean": log_ratios.mean(),
     }
     if target.std(correction=0) > 0:
@@ -1285,7 +1284,7 @@ def make_parser():
     add("--model_revision", None, "The model's commit on the hub.", type=str)
     add("--share_policy_and_value_backbone", False, "V has the policy's body.", **switch)
     bf16 = has_gpu and torch.cuda.is_bf16_supported()
-    add("--bf16", bf16, "Products in bfloat16.", action=argparse.BooleanOptionalAction)
+    add("--bf16", bf16, "Products and result in bfloat16.", action=argparse.BooleanOptionalAction)
     add("--loss", "dro_v", "DRO, or the baseline KTO.", choices=("dro_v", "kto"))
     values = ("prompt", "constant", "batch")
     add("--value", values[0], "V(x), one number for all x, or DRO-P.", choices=values)
@@ -1374,8 +1373,8 @@ def begin(args, newest):
     require(longest <= limit, says + flags)
     largest = max(ids.max() for rows in data.values() for ids in [*rows.x, *rows.y])
     num_tokens = policy.get_input_embeddings().weight.shape[0]
-    says = f"the model has {num_tokens} tokens, and none with the number {largest}"
-    require(largest < num_tokens, f"{says}: take its own tokenizer")
+    says = f"the model has no token with the number {largest}: take its own tokenizer"
+    require(largest < num_tokens, says)
     file = folder / "prompt_split_manifest.json"
     is_known = gather(file.exists())[0]  # All have looked into the folder before one writes.
     if RANK == 0 and not args.resume:
@@ -1418,6 +1417,8 @@ def carry_out(args):
     if "rolls" in run.data:
         results.update(dice_report(run))
     if RANK == 0:
+        if args.bf16:  # Products saw the rounded policy alone: that is the trained one.
+            run.policy.to(torch.bfloat16)
         save_networks(run, folder)  # the policy, value_model.safetensors
     save_json(folder / "results.json", results, indent=2)  # Now the run is finished.
     say(f"The policy and its results are in {folder}.")

@@ -323,8 +323,7 @@ def test_a_killed_run_goes_on_to_the_bit_and_another_run_is_refused(kind, signal
     process.send_signal(signal)
     _, says = process.communicate()
     if signal == 2:  # Ctrl-C
-        assert process.returncode == 130
-        assert says.count("\n") == 1 and "--resume cut" in says
+        assert process.returncode == 130 and says.count("\n") == 1 and "--resume cut" in says
     assert "max_steps was 30" in fails("--resume cut --max_steps 31")
     assert "not an empty folder" in fails(cut)
     Path("cut/checkpoint-best").mkdir()
@@ -333,6 +332,8 @@ def test_a_killed_run_goes_on_to_the_bit_and_another_run_is_refused(kind, signal
     for file in ("value_model.safetensors", "model.safetensors", "generations-30.jsonl"):
         assert Path("cut", file).read_bytes() == Path("whole", file).read_bytes(), file
     assert read_metrics("cut") == read_metrics("whole")
+    final, exact = [drov.load_file(f"whole/{at}model.safetensors") for at in ("", "checkpoint-30/")]
+    assert_close(final, {name: exact[name].bfloat16() for name in exact})  # what --bf16 trained
     kept = {path.name for path in Path("cut").glob("checkpoint-*")}
     assert kept == {"checkpoint-28", "checkpoint-30", "checkpoint-best"}
     drov.main(["--resume", "cut"])  # It is finished.
