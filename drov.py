@@ -1417,7 +1417,7 @@ def carry_out(args):
     if "rolls" in run.data:
         results.update(dice_report(run))
     if RANK == 0:
-        if args.bf16:  # Products saw the rounded policy alone: that is the trained one.
+        if args.bf16:  # Products saw rounded weights; unrounded, it is another policy.
             run.policy.to(torch.bfloat16)
         save_networks(run, folder)  # the policy, value_model.safetensors
     save_json(folder / "results.json", results, indent=2)  # Now the run is finished.
